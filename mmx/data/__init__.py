@@ -1,0 +1,1 @@
+"""Tokens in: sources, mixture, packing, batches."""

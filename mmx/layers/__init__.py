@@ -1,0 +1,1 @@
+"""Layers: thin linen shells over pure functions."""
