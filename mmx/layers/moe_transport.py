@@ -1,0 +1,313 @@
+"""How tokens reach the shards that hold their experts, and how the results come back.
+
+Everything here runs inside `jax.shard_map` except `expert_parallel`, which opens it. Routing is already done: each
+shard holds N tokens with the ids of their k distinct experts and the weights of the sum. A transport has one signature,
+
+  transport(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *,
+            axis_name, num_experts, capacity_factor, local_experts) -> (y_ND, dropped)
+
+with the matrices of this shard's experts only, and knows nothing of what an expert computes: that is
+
+  local_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD) -> y_ND
+
+whose ids count this shard's experts from 0, and where an id equal to their number means 'not here' and adds nothing.
+
+  ring     gathers every shard's tokens, keeps what its own experts add, and reduce-scatters. Most bytes on the wire, no
+           bookkeeping; best for few shards or many experts per token.
+  padded   one copy of a token to each shard it visits, in buffers of a fixed size: `all_to_all`.
+  ragged   the same copies without the padding: `ragged_all_to_all`. TPU and GPU only; CPU has an emulation for tests.
+
+All are dropless unless `capacity_factor` is positive, which then means the same for all of them, and all have static
+shapes: no collective depends on data. Tokens are moved by gathers, forward and backward: the transposed gather, a
+scatter-add, is many times slower on CPU and TPU, and the plan of a journey already holds both directions.
+
+Letters: N tokens of one shard, k experts per token, E experts, D model, F expert hidden, C capacity,
+n shards on the expert axis, v = min(k, n) most shards one token visits, R rows kept for each pair of shards,
+Q rows of a buffer.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mmx.config import ConfigError
+
+BATCH_AXES = ('replica', 'fsdp', 'expert')
+
+# ---- capacity --------------------------------------------------------------------------------------------------------
+
+
+def apply_capacity(ids_Nk, num_experts, capacity):
+  """Keeps the first `capacity` assignments of every expert in token order.
+
+  Weights are not renormalised over what is left (neither do Switch, arXiv:2101.03961, nor GShard, arXiv:2006.16668):
+  a token that loses an expert keeps its other experts at the size the gate gave them and the residual carries the rest,
+  so its output does not grow because of its neighbours' choices.
+
+  Args:
+    ids_Nk: int32 [N, k], distinct within a row.
+    num_experts: E.
+    capacity: C, assignments one expert may have.
+
+  Returns:
+    (ids_Nk with E where dropped, kept_Nk bool, dropped: float32 fraction of the N * k assignments).
+  """
+  chosen_NE = jax.nn.one_hot(ids_Nk, num_experts, dtype=jnp.bool_).any(axis=1)
+  place_NE = jnp.cumsum(chosen_NE, axis=0, dtype=jnp.int32)  # 1 for the first token of an expert
+  kept_Nk = jnp.take_along_axis(place_NE, ids_Nk, axis=1) <= capacity
+  return jnp.where(kept_Nk, ids_Nk, num_experts), kept_Nk, (~kept_Nk).mean(dtype=jnp.float32)
+
+
+def limit(ids_Nk, num_experts, capacity_factor):
+  """Applies `capacity_factor` to one shard's tokens: (ids_Nk, dropped, capacity), capacity N when dropless."""
+  N, k = ids_Nk.shape
+  if not capacity_factor:
+    return ids_Nk, jnp.zeros((), jnp.float32), N
+  capacity = min(N, math.ceil(capacity_factor * N * k / num_experts))
+  ids_Nk, _, dropped = apply_capacity(ids_Nk, num_experts, capacity)
+  return ids_Nk, dropped, capacity
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+# A journey is two tables that are each other's inverse: the token of each row, and the rows of each token. With both at
+# hand, each of the two functions below is the other's gradient.
+
+
+@jax.custom_vjp
+def spread(x_ND, token_Q, row_Nv):
+  """Copies tokens into rows [Q, D]; a row whose token is N is zero."""
+  del row_Nv
+  return jnp.take(x_ND, token_Q, axis=0, mode='fill', fill_value=0)
+
+
+@jax.custom_vjp
+def collect(rows_QD, token_Q, row_Nv):
+  """Sums the rows of each token, in float32, to [N, D]; a row number of Q stands for none."""
+  del token_Q
+  return jnp.take(rows_QD, row_Nv, axis=0, mode='fill', fill_value=0).sum(axis=1)
+
+
+spread.defvjp(lambda x_ND, *tables: (spread(x_ND, *tables), tables),
+              lambda tables, rows_QD: (collect(rows_QD, *tables), None, None))
+collect.defvjp(lambda rows_QD, *tables: (collect(rows_QD, *tables), tables),
+               lambda tables, x_ND: (spread(x_ND, *tables), None, None))
+
+
+class Visits(NamedTuple):
+  """Which shards each token visits: once each, however many of its experts live there."""
+
+  shard_Nv: jax.Array  # n where the token visits fewer than v
+  place_Nv: jax.Array  # how many earlier tokens visit that shard
+  token_Q: jax.Array  # tokens by shard visited, then by number; N behind the last; Q = N * v
+  size_n: jax.Array  # tokens that visit each shard
+  start_n: jax.Array  # where they begin in token_Q
+
+
+def plan_visits(ids_Nk, num_experts, num_shards):
+  """Reads the visits off the experts' ids; an id of `num_experts` asks for none. The one sort is of N * v numbers."""
+  N, k = ids_Nk.shape
+  goes_Nn = jax.nn.one_hot(ids_Nk // (num_experts // num_shards), num_shards, dtype=jnp.bool_).any(axis=1)
+  count_Nn = jnp.cumsum(goes_Nn, axis=0, dtype=jnp.int32)
+  size_n = count_Nn[-1]
+  shard_Nv = jnp.where(goes_Nn, jnp.arange(num_shards)[None], num_shards)
+  if k < num_shards:
+    shard_Nv = jnp.sort(shard_Nv, axis=1)[:, :k]
+  place_Nv = jnp.take_along_axis(count_Nn, jnp.minimum(shard_Nv, num_shards - 1), axis=1) - 1
+  key_Q = jnp.sort((shard_Nv * N + jnp.arange(N)[:, None]).reshape(-1))
+  token_Q = jnp.where(key_Q < num_shards * N, key_Q % N, N)
+  return Visits(shard_Nv, place_Nv, token_Q, size_n, jnp.cumsum(size_n) - size_n)
+
+
+def localise(ids_Qk, weights_Qk, first_expert, num_local):
+  """Numbers the experts of this shard from 0 and calls all others `num_local`.
+
+  A row has at most `num_local` experts here, so where that is less than k the assignments shrink to one column per
+  expert, and with them everything that the grouped product sorts and gathers.
+  """
+  local_Qk = ids_Qk - first_expert
+  if ids_Qk.shape[1] > num_local:
+    here_QkE = jax.nn.one_hot(local_Qk, num_local, dtype=jnp.bool_)
+    ids_QE = jnp.where(here_QkE.any(axis=1), jnp.arange(num_local)[None], num_local)
+    return ids_QE, jnp.where(here_QkE, weights_Qk[:, :, None], 0).sum(axis=1)
+  here_Qk = (local_Qk >= 0) & (local_Qk < num_local)
+  return jnp.where(here_Qk, local_Qk, num_local), jnp.where(here_Qk, weights_Qk, 0)
+
+
+# ---- transports ------------------------------------------------------------------------------------------------------
+
+
+def stay(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, num_experts, capacity_factor, local_experts):
+  """No exchange: every expert is here. What all transports must equal."""
+  ids_Nk, dropped, _ = limit(ids_Nk, num_experts, capacity_factor)
+  return local_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD), dropped
+
+
+def ring(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, num_experts, capacity_factor,
+         local_experts):
+  """All tokens to all shards, and the sum of what each shard adds back to the token's own."""
+  ids_Nk, dropped, _ = limit(ids_Nk, num_experts, capacity_factor)
+  x_QD, ids_Qk, weights_Qk = (jax.lax.all_gather(a, axis_name, tiled=True) for a in (x_ND, ids_Nk, weights_Nk))
+  num_local = w_gate_up_ED2F.shape[0]
+  ids_Qk, weights_Qk = localise(ids_Qk, weights_Qk, jax.lax.axis_index(axis_name) * num_local, num_local)
+  y_QD = local_experts(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD)
+  return jax.lax.psum_scatter(y_QD, axis_name, tiled=True), dropped
+
+
+def padded(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, num_experts, capacity_factor,
+           local_experts):
+  """R rows from each shard to each shard, filled or not. R is the worst case, so nothing is lost on the way."""
+  N = x_ND.shape[0]
+  num_local, num_shards = w_gate_up_ED2F.shape[0], jax.lax.axis_size(axis_name)
+  ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
+  visits = plan_visits(ids_Nk, num_experts, num_shards)
+
+  R = min(N, num_local * capacity)
+  offset_R = jnp.arange(R)[None]
+  token_nR = jnp.take(visits.token_Q, visits.start_n[:, None] + offset_R, mode='clip')
+  token_Q = jnp.where(offset_R < visits.size_n[:, None], token_nR, N).reshape(-1)
+  row_Nv = jnp.where(visits.shard_Nv < num_shards, visits.shard_Nv * R + visits.place_Nv, num_shards * R)
+  exchange = functools.partial(jax.lax.all_to_all, axis_name=axis_name, split_axis=0, concat_axis=0, tiled=True)
+
+  x_QD = exchange(spread(x_ND, token_Q, row_Nv))
+  weights_Qk = exchange(spread(weights_Nk, token_Q, row_Nv))
+  ids_Qk = exchange(jnp.take(ids_Nk, token_Q, axis=0, mode='fill', fill_value=num_experts))
+  ids_Qk, weights_Qk = localise(ids_Qk, weights_Qk, jax.lax.axis_index(axis_name) * num_local, num_local)
+  y_QD = local_experts(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD)
+  return collect(exchange(y_QD), token_Q, row_Nv), dropped
+
+
+def ragged(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, num_experts, capacity_factor,
+           local_experts, ragged_all_to_all=jax.lax.ragged_all_to_all):
+  """Only the rows that are there travel, packed on the way out and R rows apart, the worst case, where they arrive.
+
+  Because the places of arrival are fixed, a shard needs to be told two numbers by each other one: how many rows come,
+  and where their answers belong.
+  """
+  num_local, num_shards = w_gate_up_ED2F.shape[0], jax.lax.axis_size(axis_name)
+  ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
+  visits = plan_visits(ids_Nk, num_experts, num_shards)
+
+  N, k = ids_Nk.shape
+  R = min(N, num_local * capacity)
+  me = jax.lax.axis_index(axis_name)
+  told_n2 = jax.lax.all_to_all(jnp.stack([visits.size_n, visits.start_n], axis=1), axis_name, 0, 0, tiled=True)
+  arriving_n, answer_n = told_n2[:, 0], told_n2[:, 1]
+  there = (visits.start_n, visits.size_n, jnp.full_like(visits.size_n, me * R), arriving_n)
+  back = (jnp.arange(num_shards, dtype=jnp.int32) * R, arriving_n, answer_n, visits.size_n)
+  send = functools.partial(ragged_all_to_all, axis_name=axis_name)
+
+  token_Q = visits.token_Q
+  start_Nv = jnp.take(visits.start_n, visits.shard_Nv, mode='clip')
+  row_Nv = jnp.where(visits.shard_Nv < num_shards, start_Nv + visits.place_Nv, token_Q.size)
+  arrivals = num_shards * R
+
+  x_QD = travel(send, arrivals, token_Q.size, spread(x_ND, token_Q, row_Nv), there, back)
+  weights_Qk = travel(send, arrivals, token_Q.size, spread(weights_Nk, token_Q, row_Nv), there, back)
+  ids_Qk = jnp.take(ids_Nk, token_Q, axis=0, mode='clip')
+  ids_Qk = send(ids_Qk, jnp.full((arrivals, k), num_experts, jnp.int32), *there)
+  ids_Qk, weights_Qk = localise(ids_Qk, weights_Qk, me * num_local, num_local)
+  y_QD = local_experts(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD)
+  return collect(travel(send, token_Q.size, arrivals, y_QD, back, there), token_Q, row_Nv), dropped
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def travel(send, num_out, num_in, rows_QD, there, back):
+  """Sends `num_in` rows into `num_out` zeroed ones; the gradient travels `back`, by the same offsets.
+
+  jax's own derivative of `ragged_all_to_all` finds the way back with two more collectives per use, and differentiates
+  the zeros too. `there` and `back` are (input_offsets, send_sizes, output_offsets, recv_sizes), int32 [n] each.
+  """
+  del num_in, back
+  return send(rows_QD, jnp.zeros((num_out, rows_QD.shape[1]), rows_QD.dtype), *there)
+
+
+travel.defvjp(
+    lambda send, num_out, num_in, rows_QD, there, back: (travel(send, num_out, num_in, rows_QD, there, back),
+                                                         (there, back)),
+    lambda send, num_out, num_in, ways, rows_QD: (travel(send, num_in, num_out, rows_QD, *reversed(ways)), None, None))
+
+
+def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+  """`jax.lax.ragged_all_to_all` for one slice per shard, for CPU, which lacks it (jax issue 34755): all to everyone."""
+  del recv_sizes
+  me = jax.lax.axis_index(axis_name)
+  operands_nQD = jax.lax.all_gather(operand, axis_name)
+  start_n1, size_n1, place_n1 = (jax.lax.all_gather(a, axis_name)[:, me, None]
+                                 for a in (input_offsets, send_sizes, output_offsets))
+  row_1Q = jnp.arange(output.shape[0])[None]
+  sent_nQ = (row_1Q >= place_n1) & (row_1Q < place_n1 + size_n1)
+  sender_Q = sent_nQ.argmax(axis=0)
+  from_Q = jnp.take_along_axis(row_1Q - place_n1 + start_n1, sender_Q[None], axis=0)[0]
+  return jnp.where(sent_nQ.any(axis=0)[:, None], operands_nQD[sender_Q, from_Q], output)
+
+
+TRANSPORTS = {'ring': ring, 'ragged': ragged, 'padded': padded}
+
+# ---- the layer's door ------------------------------------------------------------------------------------------------
+
+
+def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, mesh, transport, capacity_factor,
+                    local_experts, platform=None):
+  """Runs routed experts on a mesh of axes replica, fsdp, expert, tensor (all of type Auto).
+
+  Rows of the batch are split over (replica, fsdp, expert), experts over expert, and F over tensor; the matrices are
+  asked for whole in D, so a parameter split over fsdp is gathered by the partitioner on the way in. A mesh of one
+  device calls `local_experts` directly.
+
+  Args:
+    x_BTD: tokens, any floating dtype.
+    ids_BTk: int32, distinct experts of each token.
+    weights_BTk: float32, factor of each expert's output.
+    w_gate_up_ED2F: [E, D, 2, F], gate first; four axes, so that splitting F keeps each gate with its up.
+    w_down_EFD: [E, F, D].
+    mesh: `jax.sharding.Mesh`.
+    transport: a name in TRANSPORTS; without effect where mesh.expert is 1.
+    capacity_factor: 0 is dropless; otherwise, of each batch shard's N tokens, each expert keeps the first
+      ceil(capacity_factor * N * k / E).
+    local_experts: see the head of this file.
+    platform: 'cpu', 'tpu' or 'cuda' when lowering for another platform than the mesh's devices.
+
+  Returns:
+    (y_BTD in the dtype of x, dropped: float32 fraction of all assignments).
+
+  Raises:
+    ConfigError: rows, experts or F do not divide over the mesh.
+  """
+  num_experts, _, _, F = w_gate_up_ED2F.shape
+  batch_shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  for what, size, axes, parts in (('rows of the batch', x_BTD.shape[0], 'replica * fsdp * expert', batch_shards),
+                                  ('moe.num_experts', num_experts, 'expert', mesh.shape['expert']),
+                                  ('moe.d_ff', F, 'tensor', mesh.shape['tensor'])):
+    if size % parts:
+      raise ConfigError(f'{what}: {size} does not divide over mesh {axes} = {parts}')
+
+  move = functools.partial(stay if mesh.shape['expert'] == 1 else TRANSPORTS[transport], num_experts=num_experts,
+                           capacity_factor=capacity_factor, local_experts=local_experts)
+  if mesh.shape['expert'] > 1:
+    move = functools.partial(move, axis_name='expert')
+    if transport == 'ragged' and (platform or mesh.devices.flat[0].platform) == 'cpu':
+      move = functools.partial(move, ragged_all_to_all=emulated_ragged_all_to_all)
+
+  def on_shard(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD):
+    flat = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTk, weights_BTk))
+    y_ND, dropped = move(*flat, w_gate_up_ED2F, w_down_EFD)
+    return y_ND.reshape(x_BTD.shape), dropped
+
+  if mesh.size == 1:
+    return on_shard(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD)
+
+  def on_mesh(*args):
+    y_BTD, dropped = on_shard(*args)
+    return y_BTD[None], jax.lax.pmean(dropped, BATCH_AXES)
+
+  batch, up, down = P(BATCH_AXES), P('expert', None, None, 'tensor'), P('expert', 'tensor')
+  # Library kernels declare no varying axes, so check_vma is off; a psum over tensor inside would then pay an all-reduce
+  # in the backward pass too. Stacking the partial sums and adding them outside costs one, in the forward pass.
+  y_XBTD, dropped = jax.shard_map(
+      on_mesh, mesh=mesh, in_specs=(batch, batch, batch, up, down), out_specs=(P('tensor', BATCH_AXES), P()),
+      check_vma=False)(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD)
+  return jax.lax.reduce_sum(y_XBTD, (0,)), dropped
