@@ -1,0 +1,81 @@
+"""Choice of implementation: 'auto' takes the first that supports the platform and shape, and says so once in the log;
+a named one is used or raises. The platform is the mesh's, never the host's default backend."""
+
+import functools
+
+from absl import logging
+
+from mmx.kernels_pallas import attention as _attention
+from mmx.kernels_pallas import grouped as _grouped
+from mmx.kernels_pallas import reference
+
+
+@functools.cache
+def _log_once(message):
+  logging.info(message)
+
+
+def _choose(what, table, implementation, platform):
+  """The first entry of `table` [(name, platforms, reason it cannot serve or '')] that serves."""
+  reasons = []
+  for name, platforms, reason in table:
+    if platform not in platforms:
+      reason = reason or f'not for {platform}'
+    if implementation == name:
+      if reason:
+        raise ValueError(f'{what} implementation {name!r} cannot be used here: {reason}')
+      return name
+    if implementation == 'auto' and not reason:
+      _log_once(f'{what}: {name} on {platform}' + ''.join(f'; {r}' for r in reasons))
+      return name
+    if platform in platforms and reason:
+      reasons.append(f'not {name}: {reason}')
+  raise ValueError(f'{what} implementation {implementation!r} is unknown; one of {[name for name, *_ in table]}')
+
+
+def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platform, mesh=None):
+  """Causal grouped-query attention within segments; see `reference.attention`.
+
+  Raises:
+    ValueError: a named implementation does not support the platform or shape.
+  """
+  T, _, Dh = q_BTHDh.shape[1:]
+  everywhere = ('cpu', 'gpu', 'tpu')
+  lanes = '' if Dh % 128 == 0 and T % 128 == 0 else f'needs head_dim and length in multiples of 128, got {Dh} and {T}'
+  half = '' if q_BTHDh.dtype.itemsize == 2 else f'needs bfloat16, got {q_BTHDh.dtype}'
+  table = [
+      ('splash', ('tpu',), lanes),
+      ('cudnn', ('gpu',), half or ('' if Dh % 8 == 0 and Dh <= 128 else f'needs head_dim of at most 128, got {Dh}')),
+      ('chunked', everywhere, ''),
+      ('reference', everywhere, ''),
+  ]
+  name = _choose('attention', table, implementation, platform)
+  if name == 'splash':
+    return _attention.attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh)
+  function = {'cudnn': _attention.attention_cudnn, 'chunked': _attention.attention_chunked, 'reference': reference.attention}
+  return function[name](q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
+
+
+def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementation, platform):
+  """Weighted sum of the chosen experts' SwiGLU outputs; see `reference.experts`. Runs on one shard's rows.
+
+  Raises:
+    ValueError: a named implementation does not support the platform.
+  """
+  everywhere = ('cpu', 'gpu', 'tpu')
+  D, _, F = w_gate_up_ED2F.shape[1:]
+  lanes = '' if D % 128 == 0 and F % 128 == 0 else f'needs d_model and expert width in multiples of 128, got {D} and {F}'
+  table = [
+      ('megablox', ('tpu',), lanes),
+      ('loop', ('cpu',), ''),
+      ('blocks', everywhere, ''),
+      ('reference', everywhere, ''),
+  ]
+  name = _choose('experts', table, implementation, platform)
+  function = {
+      'megablox': _grouped.experts_megablox,
+      'loop': _grouped.experts_loop,
+      'blocks': _grouped.experts_blocks,
+      'reference': reference.experts,
+  }[name]
+  return function(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD)

@@ -1,0 +1,270 @@
+"""Experts on the tokens routed to them: dropless grouped products, one form per platform.
+
+All forms share one signature and mean the same as `reference.experts`:
+
+  experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD) -> y_ND
+
+Assignments (token, expert) are sorted by expert into R = N*k rows; `group_sizes_E` are the true counts. An id equal to
+E means 'not here': its rows sort last, behind every group, cost nothing and add zero. Dispatch and combine are gathers
+in both directions (the inverse permutation is at hand), since a scatter-add of rows is slow on CPU and TPU.
+
+  loop      CPU. A while loop over blocks of 128 sorted rows with a dynamic trip count: work follows the true loads and
+            no weight is copied per block. `lax.ragged_dot` multiplies every row by every expert on CPU (32 times the
+            work at E=32), a batched product over blocks copies [blocks, D, 2F] of weights.
+  blocks    GPU. Groups padded to blocks of 256 rows, one batched product with gathered weights.
+  megablox  TPU. The Pallas grouped product of jax with true group sizes; rows behind the last group are masked.
+
+Letters: N tokens, k experts per token, R rows, E experts, D model, F expert hidden, b block rows.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LOOP_BLOCK = 128  # rows: 64 pays more per-iteration overhead, 256 wastes more of each group's last block
+BATCH_BLOCK = 256
+
+
+class Sorted(NamedTuple):
+  """Assignments sorted by expert."""
+
+  token_R: jax.Array  # int32, the token of each row
+  source_R: jax.Array  # int32, the flat assignment (token * k + choice) of each row
+  slot_Nk: jax.Array  # int32, the row of each assignment
+  group_sizes_E: jax.Array  # int32
+
+
+def sort_by_expert(ids_Nk, num_experts) -> Sorted:
+  """Stable counting order of the N*k assignments; ids in [0, E], E last."""
+  N, k = ids_Nk.shape
+  flat_R = ids_Nk.reshape(-1)
+  R = flat_R.shape[0]
+  if (num_experts + 1) * R < 2**31:  # one 32-bit key holds expert and position: half the time of a two-operand sort
+    source_R = lax.sort(flat_R * R + jnp.arange(R, dtype=jnp.int32)) % R
+  else:
+    source_R = jnp.argsort(flat_R, stable=True).astype(jnp.int32)
+  slot_R = jnp.zeros(R, jnp.int32).at[source_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
+  sizes = jnp.zeros(num_experts, jnp.int32).at[flat_R].add(1, mode='drop')
+  return Sorted(source_R // k, source_R, slot_R.reshape(N, k), sizes)
+
+
+class Blocks(NamedTuple):
+  """Which rows of which expert each block takes; blocks past `count` are meaningless."""
+
+  expert: jax.Array  # int32 [max blocks]
+  row: jax.Array  # first row
+  end: jax.Array  # first row of the next group
+  count: jax.Array  # int32 scalar
+
+
+def schedule(group_sizes_E, rows, block) -> Blocks:
+  """Cuts each group into blocks of `block` rows; the last of a group hangs over into the next group's rows."""
+  E = group_sizes_E.shape[0]
+  per_group = -(-group_sizes_E // block)
+  last_E = jnp.cumsum(per_group)
+  start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+  index = jnp.arange(rows // block + E, dtype=jnp.int32)
+  expert = jnp.minimum(jnp.searchsorted(last_E, index, side='right'), E - 1).astype(jnp.int32)
+  row = start_E[expert] + (index - (last_E - per_group)[expert]) * block
+  return Blocks(expert, row, (start_E + group_sizes_E)[expert], last_E[-1])
+
+
+def combine(y_RD, slot_Nk, weights_Nk):
+  """[N, D]: each token's weighted sum over its k rows, one gather per choice, so that [N, k, D] is never held."""
+  parts = (weights_Nk[:, j, None].astype(y_RD.dtype) * y_RD[slot_Nk[:, j]] for j in range(slot_Nk.shape[1]))
+  return functools.reduce(jnp.add, parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loop
+
+
+def _contract(a, b, axis_a, axis_b):
+  return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())))
+
+
+def _take(array, index):
+  return lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
+
+
+def _put(array, update, row):
+  return lax.dynamic_update_slice_in_dim(array, update, row, 0)
+
+
+@jax.custom_vjp
+def experts_loop(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
+  """See the module docstring. Keeps the gate and up products [R, 2F] for the backward pass."""
+  return _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD)[0]
+
+
+def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
+  E, F, D = w_down_EFD.shape
+  rows = sort_by_expert(ids_Nk, E)
+  R, b = ids_Nk.size, LOOP_BLOCK
+  blocks = schedule(rows.group_sizes_E, R, b)
+  token = jnp.pad(rows.token_R, (0, b))
+  w_gate_up = w_gate_up_ED2F.reshape(E, D, 2 * F)
+
+  def body(i, carry):
+    y, gate_up = carry
+    expert, row = blocks.expert[i], blocks.row[i]
+    x_bD = x_ND[lax.dynamic_slice_in_dim(token, row, b)]
+    h_b2F = x_bD @ _take(w_gate_up, expert)
+    y_bD = (jax.nn.silu(h_b2F[:, :F]) * h_b2F[:, F:]) @ _take(w_down_EFD, expert)
+    # Rows past the group's end are garbage until the next group, which comes later, writes them.
+    return _put(y, y_bD, row), _put(gate_up, h_b2F, row)
+
+  start = jnp.zeros((R + b, D), x_ND.dtype), jnp.zeros((R + b, 2 * F), x_ND.dtype)
+  y, gate_up = lax.fori_loop(0, blocks.count, body, start)
+  weights_Nk = jnp.where(ids_Nk < E, weights_Nk, 0)  # overhanging garbage behind the last group
+  out = combine(y, rows.slot_Nk, weights_Nk)
+  return out, (x_ND, weights_Nk, rows, gate_up, w_gate_up_ED2F, w_down_EFD)
+
+
+def _loop_backward(residuals, dout_ND):
+  x_ND, weights_Nk, rows, gate_up, w_gate_up_ED2F, w_down_EFD = residuals
+  E, F, D = w_down_EFD.shape
+  R, b = rows.token_R.shape[0], LOOP_BLOCK
+  blocks = schedule(rows.group_sizes_E, R, b)
+  token = jnp.pad(rows.token_R, (0, b))
+  weight = jnp.pad(weights_Nk.reshape(-1)[rows.source_R], (0, b)).astype(x_ND.dtype)
+  w_gate_up = w_gate_up_ED2F.reshape(E, D, 2 * F)
+
+  def body(i, carry):
+    dx, dweight, dw_gate_up, dw_down = carry
+    expert, row = blocks.expert[i], blocks.row[i]
+    rows_of = lambda array: lax.dynamic_slice_in_dim(array, row, b)
+    token_b = rows_of(token)
+    x_bD, dout_bD, h_b2F = x_ND[token_b], dout_ND[token_b], rows_of(gate_up)
+    inside_b = row + jnp.arange(b, dtype=jnp.int32) < blocks.end[i]
+    weight_b1 = jnp.where(inside_b, rows_of(weight), 0)[:, None]
+    gate_bF, up_bF = h_b2F[:, :F], h_b2F[:, F:]
+    sigmoid_bF = jax.nn.sigmoid(gate_bF)
+    silu_bF = gate_bF * sigmoid_bF
+    act_bF = silu_bF * up_bF
+    back_bF = _contract(dout_bD, _take(w_down_EFD, expert), 1, 1)  # d out / d act, before the router's weight
+    dact_bF = back_bF * weight_b1
+    dh_b2F = jnp.concatenate([dact_bF * up_bF * (sigmoid_bF + silu_bF * (1 - sigmoid_bF)), dact_bF * silu_bF], axis=1)
+    dx = _put(dx, _contract(dh_b2F, _take(w_gate_up, expert), 1, 1), row)
+    # <dout, y> = <dout W_down^T, act>: the router's gradient without keeping y.
+    dweight = _put(dweight, jnp.sum((act_bF * back_bF).astype(jnp.float32), axis=1), row)
+    add = lambda total, part: lax.dynamic_update_index_in_dim(total, _take(total, expert) + part, expert, 0)
+    dw_gate_up = add(dw_gate_up, _contract(x_bD, dh_b2F, 0, 0).astype(jnp.float32))
+    dw_down = add(dw_down, _contract(act_bF * weight_b1, dout_bD, 0, 0).astype(jnp.float32))
+    return dx, dweight, dw_gate_up, dw_down
+
+  start = (
+      jnp.zeros((R + b, D), x_ND.dtype),
+      jnp.zeros(R + b, jnp.float32),
+      jnp.zeros((E, D, 2 * F), jnp.float32),
+      jnp.zeros((E, F, D), jnp.float32),
+  )
+  dx_RD, dweight_R, dw_gate_up, dw_down = lax.fori_loop(0, blocks.count, body, start)
+  here_Nk = rows.slot_Nk < jnp.sum(rows.group_sizes_E)
+  dx_ND = combine(dx_RD, rows.slot_Nk, here_Nk)
+  dweights_Nk = jnp.where(here_Nk, dweight_R[rows.slot_Nk], 0).astype(weights_Nk.dtype)
+  dw_gate_up = dw_gate_up.reshape(w_gate_up_ED2F.shape).astype(w_gate_up_ED2F.dtype)
+  return dx_ND, None, dweights_Nk, dw_gate_up, dw_down.astype(w_down_EFD.dtype)
+
+
+experts_loop.defvjp(_loop_forward, _loop_backward)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# blocks and megablox: rows in expert order, then grouped products; dispatch and combine are permutations both ways
+
+
+@jax.custom_vjp
+def _dispatch(x_ND, token_R, slot_Nk, here_Nk):
+  """x[token] in row order; its transpose sums each token's k rows by gathers."""
+  return x_ND[token_R]
+
+
+def _dispatch_forward(x_ND, token_R, slot_Nk, here_Nk):
+  return x_ND[token_R], (slot_Nk, here_Nk)
+
+
+def _dispatch_backward(residuals, dx_RD):
+  slot_Nk, here_Nk = residuals
+  return combine(dx_RD, slot_Nk, here_Nk), None, None, None
+
+
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def _combine(y_RD, weights_Nk, rows):
+  return combine(y_RD, rows.slot_Nk, weights_Nk)
+
+
+def _combine_forward(y_RD, weights_Nk, rows):
+  return combine(y_RD, rows.slot_Nk, weights_Nk), (y_RD, weights_Nk, rows)
+
+
+def _combine_backward(residuals, dout_ND):
+  y_RD, weights_Nk, rows = residuals
+  dout_RD = dout_ND[rows.token_R]
+  weight_R = weights_Nk.reshape(-1)[rows.source_R].astype(dout_RD.dtype)
+  dot = lambda slot_N: jnp.sum((dout_ND * y_RD[slot_N]).astype(jnp.float32), axis=-1)
+  dweights = jnp.stack([dot(rows.slot_Nk[:, j]) for j in range(weights_Nk.shape[1])], axis=1)
+  return dout_RD * weight_R[:, None], dweights.astype(weights_Nk.dtype), None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, grouped_product):
+  """Dispatch, two grouped products [R, D] -> [R, 2F] -> [R, D], combine."""
+  E, F, D = w_down_EFD.shape
+  rows = sort_by_expert(ids_Nk, E)
+  here_Nk = ids_Nk < E
+  x_RD = _dispatch(x_ND, rows.token_R, rows.slot_Nk, here_Nk)
+  h_R2F = grouped_product(x_RD, w_gate_up_ED2F.reshape(E, D, 2 * F), rows.group_sizes_E)
+  y_RD = grouped_product(jax.nn.silu(h_R2F[:, :F]) * h_R2F[:, F:], w_down_EFD, rows.group_sizes_E)
+  return _combine(y_RD, jnp.where(here_Nk, weights_Nk, 0), rows)
+
+
+def _block_product(x_RA, w_EAC, group_sizes_E):
+  """Rows gathered into blocks of one expert each, one batched product, gathered back; rows behind the groups are 0."""
+  R, b = x_RA.shape[0], BATCH_BLOCK
+  blocks = schedule(group_sizes_E, R, b)
+  row_Mb = blocks.row[:, None] + jnp.arange(b, dtype=jnp.int32)[None, :]
+  real_Mb = (row_Mb < blocks.end[:, None]) & (jnp.arange(row_Mb.shape[0]) < blocks.count)[:, None]
+  x_MbA = jnp.where(real_Mb[..., None], x_RA[jnp.minimum(row_Mb, R - 1)], 0)
+  y_MbC = jnp.einsum('mba,mac->mbc', x_MbA, w_EAC[blocks.expert])
+  first_E = jnp.cumsum(-(-group_sizes_E // b)) + group_sizes_E // -b
+  start_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+  row_R = jnp.arange(R, dtype=jnp.int32)
+  expert_R = jnp.searchsorted(start_E + group_sizes_E, row_R, side='right')
+  inside_R = expert_R < group_sizes_E.shape[0]
+  expert_R = jnp.minimum(expert_R, group_sizes_E.shape[0] - 1)
+  place_R = first_E[expert_R] * b + row_R - start_E[expert_R]
+  y_RC = y_MbC.reshape(-1, y_MbC.shape[-1])[jnp.where(inside_R, place_R, 0)]
+  return jnp.where(inside_R[:, None], y_RC, 0)
+
+
+def experts_blocks(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
+  """See the module docstring."""
+  return _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, _block_product)
+
+
+def _megablox_product(x_RA, w_EAC, group_sizes_E, interpret=False):
+  """jax's Pallas TPU grouped product, rows padded to whole tiles; it leaves rows behind the groups unwritten."""
+  from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+  R, A = x_RA.shape
+  tile = (min(512, R + -R % 128), min(1024, A), min(1024, w_EAC.shape[2]))
+  inside_R1 = (jnp.arange(R, dtype=jnp.int32) < jnp.sum(group_sizes_E))[:, None]
+  # Both sides: the kernel's gradient of x is unwritten there too, and 0 * NaN is NaN.
+  padded = jnp.pad(jnp.where(inside_R1, x_RA, 0), ((0, -R % tile[0]), (0, 0)))
+  y_RC = gmm(padded, w_EAC, group_sizes_E, x_RA.dtype, tile, interpret=interpret)[:R]
+  return jnp.where(inside_R1, y_RC, 0)
+
+
+def experts_megablox(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, interpret=False):
+  """See the module docstring. `interpret` runs the kernel on CPU, for tests."""
+  product = functools.partial(_megablox_product, interpret=interpret)
+  return _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, product)

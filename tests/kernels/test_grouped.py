@@ -1,0 +1,121 @@
+"""Every grouped form equals the oracle, values and gradients, on uneven, empty and hot groups."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx.kernels_pallas import api, grouped, reference
+
+FORMS = {
+    'loop': grouped.experts_loop,
+    'blocks': grouped.experts_blocks,
+    'megablox': functools.partial(grouped.experts_megablox, interpret=True),
+}
+
+
+def slow_experts(x, ids, weights, w_gate_up, w_down):
+  """An independent loop over assignments in float64."""
+  y = np.zeros(x.shape)
+  for n in range(ids.shape[0]):
+    for expert, weight in zip(ids[n], weights[n]):
+      if expert == w_down.shape[0]:
+        continue
+      gate, up = (x[n].astype(np.float64) @ w_gate_up[expert, :, i] for i in (0, 1))
+      y[n] += weight * ((gate / (1 + np.exp(-gate)) * up) @ w_down[expert])
+  return y
+
+
+def inputs(loads, N, k, E, D=128, F=128, seed=0, dtype=jnp.float32):
+  """Routes by `loads`: 'uneven', 'hot' (one expert gets every token), 'empty' (half the experts unused), 'elsewhere'."""
+  rng = np.random.default_rng(seed)
+  scores = rng.normal(size=(N, E)) + np.linspace(0, 2, E)
+  if loads == 'hot':
+    scores[:, 1] = 100
+  if loads == 'empty':
+    scores[:, ::2] = -100
+  ids = np.argsort(-scores, axis=1)[:, :k].astype(np.int32)
+  if loads == 'elsewhere':  # assignments that live on another shard
+    ids[rng.random(ids.shape) < 0.6] = E
+  weights = rng.random((N, k)).astype(np.float32)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.1, dtype)
+  return normal(N, D) * 10, jnp.asarray(ids), jnp.asarray(weights), normal(E, D, 2, F), normal(E, F, D)
+
+
+@pytest.mark.parametrize('loads', ['uneven', 'elsewhere'])
+def test_oracle_equals_slow_loop(loads):
+  args = inputs(loads, 37, 3, 5, D=16, F=8)
+  np.testing.assert_allclose(reference.experts(*args), slow_experts(*map(np.asarray, args)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('loads, N, k, E', [('uneven', 333, 2, 5), ('hot', 150, 1, 4), ('empty', 130, 3, 8), ('elsewhere', 201, 4, 6)])
+def test_form_equals_oracle_in_values_and_gradients(form, loads, N, k, E):
+  x, ids, weights, w_gate_up, w_down = inputs(loads, N, k, E)
+  target = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
+
+  def run(function):
+    def scalar(x, weights, w_gate_up, w_down):
+      y = function(x, ids, weights, w_gate_up, w_down)
+      return jnp.sum(y * target), y
+
+    return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2, 3), has_aux=True))(x, weights, w_gate_up, w_down)
+
+  (_, y), gradients = run(FORMS[form])
+  (_, expected), expected_gradients = run(reference.experts)
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+  for name, gradient, wanted in zip(('x', 'weights', 'w_gate_up', 'w_down'), gradients, expected_gradients):
+    scale = float(jnp.abs(wanted).max())
+    # Where an assignment is not here its weight has no effect; the oracle's one-hot says the same: exactly zero.
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize('form', ['loop', 'blocks'])
+def test_form_works_in_bfloat16(form):
+  x, ids, weights, w_gate_up, w_down = inputs('uneven', 200, 2, 4, dtype=jnp.bfloat16)
+  y = FORMS[form](x, ids, weights, w_gate_up, w_down)
+  assert y.dtype == jnp.bfloat16
+  exact = reference.experts(*(a.astype(jnp.float32) for a in (x,)), ids, weights, *(w.astype(jnp.float32) for w in (w_gate_up, w_down)))
+  assert float(jnp.abs(y - exact).max() / jnp.abs(exact).max()) < 0.02
+  gradient = jax.grad(lambda w: jnp.sum(FORMS[form](x, ids, weights, w, w_down).astype(jnp.float32)))(w_gate_up)
+  assert gradient.dtype == jnp.bfloat16 and bool(jnp.isfinite(gradient.astype(jnp.float32)).all())
+
+
+def test_no_assignment_here_is_exactly_zero():
+  x, ids, weights, w_gate_up, w_down = inputs('uneven', 40, 2, 4)
+  for form in FORMS.values():
+    y = form(x, jnp.full_like(ids, 4), weights, w_gate_up, w_down)
+    np.testing.assert_array_equal(y, 0)
+
+
+def test_work_of_the_loop_follows_the_true_loads():
+  sizes = jnp.array([0, 1, 300, 128, 0], jnp.int32)
+  assert int(grouped.schedule(sizes, 4096, 128).count) == 0 + 1 + 3 + 1 + 0
+  blocks = grouped.schedule(sizes, 4096, 128)
+  np.testing.assert_array_equal(blocks.expert[:5], [1, 2, 2, 2, 3])
+  np.testing.assert_array_equal(blocks.row[:5], [0, 1, 129, 257, 301])
+
+
+def test_sort_is_stable_and_its_inverse_exact():
+  ids = jnp.asarray(np.random.default_rng(0).integers(0, 7, (50, 3)), jnp.int32)
+  rows = grouped.sort_by_expert(ids, 6)
+  np.testing.assert_array_equal(rows.source_R, np.argsort(np.asarray(ids).ravel(), kind='stable'))
+  np.testing.assert_array_equal(rows.source_R[rows.slot_Nk], np.arange(150).reshape(50, 3))
+  np.testing.assert_array_equal(rows.group_sizes_E, np.bincount(np.asarray(ids).ravel(), minlength=7)[:6])
+
+
+def test_named_implementation_never_falls_back():
+  args = inputs('uneven', 16, 2, 4)
+  with pytest.raises(ValueError, match="'megablox' cannot be used here: not for cpu"):
+    api.experts(*args, implementation='megablox', platform='cpu')
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_auto_choice_lowers_for_accelerators_on_a_cpu_host(platform):
+  args = inputs('uneven', 256, 2, 4)
+  function = functools.partial(api.experts, implementation='auto', platform={'cuda': 'gpu'}.get(platform, platform))
+  gradient = jax.grad(lambda x, i, w, a, b: jnp.sum(function(x, i, w, a, b)), argnums=(0, 2, 3, 4))
+  text = jax.jit(gradient).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+  assert ('tpu_custom_call' in text) == (platform == 'tpu')
