@@ -1,0 +1,108 @@
+"""Mixture of experts: route, run the chosen experts, and keep their load even.
+
+Routing (M2 report, section 2.2.1; `reference/minimax.md` A2 has the exact order): scores in float32, the top k of
+score + bias are chosen, weights are the chosen *scores* over their sum. The bias is for selection only: it gets no
+gradient and lives in the 'router' collection, updated after the step by `update_bias` (aux-loss-free balancing,
+arXiv:2408.15664).
+
+Letters: B rows, T tokens, D model, E experts, k experts per token, F expert hidden.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from mmx import sharding
+from mmx.config import MoEConfig
+from mmx.kernels_pallas import api
+from mmx.layers.mlp import MLP
+from mmx.layers.moe_transport import expert_parallel
+from mmx.sharding import fan_in_normal, param
+
+
+@struct.dataclass
+class MoEAux:
+  """What one layer tells the training step. All float32."""
+
+  load_E: jax.Array  # share of all assignments that each expert was chosen for; sums to 1
+  balance_loss: jax.Array  # Switch-style E * sum_e load_e * mean probability_e; 1 when even
+  entropy: jax.Array  # mean over tokens of the entropy of the normalised scores, in nats
+  dropped: jax.Array  # fraction of assignments dropped by a capacity limit
+
+
+def gate_scores(x_BTD, w_gate_DE, gate):
+  """Scores [B, T, E] in float32: independent sigmoids, or a softmax over experts."""
+  # The gate's product is float32 even when the model computes in bfloat16: rounding flips near-ties.
+  logits_BTE = jnp.einsum('btd,de->bte', x_BTD.astype(jnp.float32), w_gate_DE, precision='float32')
+  return jax.nn.sigmoid(logits_BTE) if gate == 'sigmoid' else jax.nn.softmax(logits_BTE, axis=-1)
+
+
+def route(scores_BTE, bias_E, top_k, routed_scaling):
+  """Chosen experts and their weights.
+
+  Returns:
+    ids_BTk int32, distinct per token, and weights_BTk float32, which sum to `routed_scaling`.
+  """
+  biased_BTE = jax.lax.stop_gradient(scores_BTE) + bias_E[None, None, :]
+  ids_BTk = jax.lax.top_k(biased_BTE, top_k)[1]
+  chosen_BTk = jnp.take_along_axis(scores_BTE, ids_BTk, axis=-1)
+  return ids_BTk, chosen_BTk * (routed_scaling / jnp.sum(chosen_BTk, axis=-1, keepdims=True))
+
+
+def router_statistics(scores_BTE, ids_BTk, valid_BT):
+  """(load_E, balance_loss, entropy) over the tokens that are not padding."""
+  E = scores_BTE.shape[-1]
+  valid = valid_BT.astype(jnp.float32)
+  count = jnp.maximum(jnp.sum(valid), 1.0)
+  chosen = jnp.broadcast_to(valid[..., None], ids_BTk.shape).reshape(-1)
+  load_E = jnp.zeros(E, jnp.float32).at[ids_BTk.reshape(-1)].add(chosen) / (count * ids_BTk.shape[-1])
+  probability_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+  mean_probability_E = jnp.sum(probability_BTE * valid[..., None], axis=(0, 1)) / count
+  balance_loss = E * jnp.sum(load_E * mean_probability_E)
+  entropy_BT = -jnp.sum(probability_BTE * jnp.log(probability_BTE + 1e-20), axis=-1)
+  return load_E, balance_loss, jax.lax.stop_gradient(jnp.sum(entropy_BT * valid) / count)
+
+
+def update_bias(bias_E, load_E, rate):
+  """Raises the bias of experts under the mean load and lowers it over, by `rate` (sign rule of arXiv:2408.15664).
+
+  Works on stacked layers [..., E]; each layer's mean bias is then removed, as a common shift changes no selection.
+  """
+  mean = jnp.mean(load_E, axis=-1, keepdims=True)
+  bias_E = bias_E + rate * jnp.sign(mean - load_E)
+  return bias_E - jnp.mean(bias_E, axis=-1, keepdims=True)
+
+
+class MoE(nn.Module):
+  """Parameters and call: x [B, T, D] -> (y [B, T, D], MoEAux). Padding (`valid_BT` false) still passes through."""
+
+  config: MoEConfig
+  out_scale: float
+  mesh: Mesh | None
+
+  @nn.compact
+  def __call__(self, x_BTD, valid_BT):
+    c = self.config
+    D, E, F = x_BTD.shape[-1], c.num_experts, c.d_ff
+    w_gate = param(self, 'w_gate', (D, E), ('norm', 'router'), fan_in_normal(D))
+    w_gate_up = param(self, 'w_gate_up', (E, D, 2, F), ('experts', 'embed', 'gate_up', 'hidden'), fan_in_normal(D))
+    w_down = param(self, 'w_down', (E, F, D), ('experts', 'hidden', 'embed'), fan_in_normal(F, self.out_scale))
+    bias_E = self.variable('router', 'bias', jnp.zeros, (E,), jnp.float32).value
+
+    scores_BTE = gate_scores(x_BTD, w_gate, c.gate)
+    ids_BTk, weights_BTk = route(scores_BTE, bias_E, c.top_k, c.routed_scaling)
+    load_E, balance_loss, entropy = router_statistics(scores_BTE, ids_BTk, valid_BT)
+    y_BTD, dropped = expert_parallel(
+        x_BTD, ids_BTk, weights_BTk, w_gate_up.astype(x_BTD.dtype), w_down.astype(x_BTD.dtype),
+        mesh=self.mesh, transport=c.transport, capacity_factor=c.capacity_factor,
+        local_experts=functools.partial(
+            api.experts, implementation=c.implementation, platform=sharding.platform_of(self.mesh)
+        ),
+    )
+    if c.shared_d_ff:
+      y_BTD = y_BTD + MLP(c.shared_d_ff, self.out_scale, name='shared')(x_BTD)
+    return y_BTD, MoEAux(load_E, balance_loss, entropy, dropped)

@@ -1,0 +1,99 @@
+"""Mesh and placement: one table says where each logical axis lives.
+
+Mesh axes (mmx.config.MeshConfig): replica, fsdp, expert, tensor. Rows of a batch are split over the first three, so
+that expert shards also hold tokens. Axis types are Auto: XLA propagates, `constrain` pins, `jax.shard_map` is used
+where the communication is ours (mmx/layers/moe_transport.py).
+"""
+
+import math
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from mmx import config
+
+AXES = ('replica', 'fsdp', 'expert', 'tensor')
+BATCH_AXES = ('replica', 'fsdp', 'expert')
+
+MESH_AXIS_OF = {
+    'batch': BATCH_AXES,
+    'vocab': 'tensor',
+    'embed': 'fsdp',
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'experts': 'expert',
+    'hidden': 'tensor',
+    'head_dim': None,
+    'layers': None,
+    'norm': None,
+    'router': None,
+    'gate_up': None,
+    None: None,
+}
+
+
+def build_mesh(mesh: config.MeshConfig, devices=None) -> Mesh:
+  """A mesh with axes AXES over `devices` (default: all of them, or the first `mesh.num_devices`).
+
+  Raises:
+    ConfigError: the axis sizes do not multiply to the number of devices, or more are asked for than exist.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = config.resolve_mesh(mesh, len(devices))
+  shape = tuple(sizes[axis] for axis in AXES)
+  used = devices[: math.prod(shape)]
+  if len(used) < len(devices) or used[0].platform == 'cpu':
+    grid = np.array(used).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return jax.make_mesh(shape, AXES, devices=used, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def platform_of(mesh: Mesh | None) -> str:
+  """'cpu', 'gpu' or 'tpu', read from the mesh: the host's own backend may differ when compiling ahead of time."""
+  return 'cpu' if mesh is None else mesh.devices.flat[0].platform
+
+
+def spec_of(logical_axes, shape, mesh: Mesh) -> P:
+  """Mesh axes for one array; an axis that does not divide its dimension is left whole (norm scales, tiny models)."""
+  spec = []
+  for size, logical in zip(shape, logical_axes, strict=True):
+    axis = MESH_AXIS_OF[logical]
+    ways = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+    spec.append(axis if ways > 1 and size % ways == 0 else None)
+  return P(*spec)
+
+
+def tree_shardings(boxed_abstract, mesh: Mesh):
+  """NamedShardings for a tree of ShapeDtypeStructs, some boxed with logical axes by `param`; the rest is replicated."""
+
+  def place(leaf):
+    if isinstance(leaf, nn.Partitioned):
+      return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
+    return NamedSharding(mesh, P())
+
+  return jax.tree.map(place, boxed_abstract, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def batch_spec() -> P:
+  """Placement of [B, T] arrays of a batch."""
+  return P(BATCH_AXES, None)
+
+
+def constrain(x, mesh: Mesh | None, *logical_axes):
+  """Pins an activation's placement; free on one device."""
+  if mesh is None or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(logical_axes, x.shape, mesh)))
+
+
+def param(module: nn.Module, name: str, shape, axes, init):
+  """Declares one float32 parameter: name, shape, logical axes and initializer on one line."""
+  assert len(shape) == len(axes), (name, shape, axes)
+  return module.param(name, nn.with_partitioning(init, axes), shape, np.float32)
+
+
+def fan_in_normal(fan_in: int, scale: float = 1.0):
+  """Normal initializer of standard deviation scale / sqrt(fan_in); released models give only 0.02 = 1.1/sqrt(3072)."""
+  return nn.initializers.normal(stddev=scale / math.sqrt(fan_in))

@@ -1,0 +1,153 @@
+"""One training step as a pure function: loss, gradients, accumulation, update, expert biases."""
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from mmx import loss, optimizer, sharding
+from mmx.config import Experiment
+from mmx.layers.moe import MoEAux, update_bias
+from mmx.layers.mtp import shift_left
+from mmx.model import Decoder, init_variables
+
+
+@struct.dataclass
+class TrainState:
+  """Everything a step changes. `router` holds the expert biases, which the optimizer never sees."""
+
+  step: jax.Array  # int32, optimizer steps taken
+  params: Any
+  router: Any
+  opt_state: Any
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh):
+  """TrainState of ShapeDtypeStructs with shardings: what `init_state` returns and what a checkpoint restores into."""
+  boxed = jax.eval_shape(lambda: _init(experiment))
+  placed = sharding.tree_shardings(boxed, mesh)
+  return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.unbox(boxed), placed
+  )
+
+
+def init_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+  """Initial state, made directly in its placement; depends on train.seed alone, not on the mesh."""
+  placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
+  return jax.jit(lambda: nn.unbox(_init(experiment)), out_shardings=placed)()
+
+
+def _init(experiment: Experiment) -> TrainState:
+  variables = init_variables(experiment.model, None, jax.random.key(experiment.train.seed))
+  transform = optimizer.build(experiment.optim, experiment.train.steps)
+  # The moments are built from boxed parameters, so that they inherit the logical axes.
+  opt_state = transform.init(variables['params'])
+  return TrainState(jnp.zeros((), jnp.int32), variables['params'], variables.get('router', {}), opt_state)
+
+
+def loss_terms(experiment: Experiment, mesh: Mesh | None, params, router, batch, mtp_weight, token_count):
+  """Loss of one (micro)batch as its share of a step of `token_count` predicted tokens.
+
+  batch: tokens, targets, segment_ids, positions int32 [B, T], loss_mask float32 [B, T].
+
+  Returns:
+    (loss, (metrics, aux)): metrics are scalars that sum over microbatches; aux mirrors the router collection.
+  """
+  m = experiment.model
+  variables = {'params': params, 'router': router}
+  out = Decoder(m, mesh).apply(variables, batch['tokens'], batch['positions'], batch['segment_ids'])
+  chunk, mask = experiment.train.loss_chunk, batch['loss_mask']
+  nll, squared, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, chunk)
+  metrics = {'loss': nll / token_count, 'accuracy': correct / token_count}
+  total = metrics['loss']
+  if experiment.train.z_loss_weight:
+    total += experiment.train.z_loss_weight * squared / token_count
+
+  for i, hidden in enumerate(out.mtp):
+    # Target of module i is i + 1 further than the next token; it must exist and lie in the same document.
+    targets = shift_left(batch['targets'], i + 1)
+    same = shift_left(batch['segment_ids'], i + 1) == batch['segment_ids']
+    mtp_mask = shift_left(mask, i + 1) * same
+    mtp_nll, _, _ = loss.cross_entropy(hidden, out.head, targets, mtp_mask, chunk)
+    metrics[f'mtp_loss_{i + 1}'] = mtp_nll / token_count
+    total += mtp_weight / len(out.mtp) * metrics[f'mtp_loss_{i + 1}']
+
+  layers = jax.tree.leaves(out.aux, is_leaf=_is_aux)
+  if layers:
+    microbatches = experiment.train.accumulate
+    mean = lambda field: jnp.mean(jnp.concatenate([jnp.ravel(getattr(a, field)) for a in layers])) / microbatches
+    metrics |= {f'router/{field}': mean(field) for field in ('balance_loss', 'entropy', 'dropped')}
+    total += m.moe.balance_loss_weight * metrics['router/balance_loss']
+  return total, (metrics, out.aux)
+
+
+def _is_aux(node):
+  return isinstance(node, MoEAux)
+
+
+def loads(aux, microbatches=1):
+  """Expert loads in the structure of the router collection: {'...': {'ffn': {'bias': [layers, E]}}}."""
+  return jax.tree.map(lambda a: {'ffn': {'bias': a.load_E / microbatches}}, aux, is_leaf=_is_aux)
+
+
+def make_train_step(experiment: Experiment, mesh: Mesh) -> Callable:
+  """train_step(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+  metrics: scalars (loss, grad_norm, learning_rate, ...) and 'load', the expert loads of every layer. Gradients of
+  `accumulate` microbatches are summed, each weighted by its share of the step's predicted tokens, so that the result
+  equals one big batch.
+  """
+  transform = optimizer.build(experiment.optim, experiment.train.steps)
+  learning_rate = optimizer.schedule(experiment.optim, experiment.train.steps)
+  mtp_schedule = optimizer.mtp_weight(experiment.model.mtp, experiment.optim, experiment.train.steps)
+  microbatches = experiment.train.accumulate
+
+  def train_step(state: TrainState, batch):
+    token_count = jnp.maximum(jnp.sum(batch['loss_mask']), 1.0)
+    weight = mtp_schedule(state.step)
+
+    def gradients(microbatch):
+      function = lambda params: loss_terms(experiment, mesh, params, state.router, microbatch, weight, token_count)
+      (_, (metrics, aux)), grads = jax.value_and_grad(function, has_aux=True)(state.params)
+      return grads, metrics, loads(aux, microbatches)
+
+    if microbatches == 1:
+      grads, metrics, load = gradients(batch)
+    else:
+      # Strided, so that every microbatch takes rows from every shard.
+      split = lambda a: jnp.moveaxis(a.reshape(a.shape[0] // microbatches, microbatches, *a.shape[1:]), 1, 0)
+      pieces = jax.tree.map(split, batch)
+      shapes = jax.eval_shape(gradients, jax.tree.map(lambda a: a[0], pieces))
+      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+      add = lambda total, piece: (jax.tree.map(jnp.add, total, gradients(piece)), None)
+      (grads, metrics, load), _ = jax.lax.scan(add, zeros, pieces)
+
+    metrics['grad_norm'] = optax.global_norm(grads)
+    metrics['learning_rate'] = learning_rate(state.step)
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    rate = experiment.model.moe.bias_update_rate
+    router = jax.tree.map(lambda bias, share: update_bias(bias, share, rate), state.router, load) if rate else state.router
+    if experiment.model.mtp.depth:
+      metrics['mtp_weight'] = weight
+    metrics['load'] = load
+    return TrainState(state.step + 1, params, router, opt_state), metrics
+
+  return train_step
+
+
+def make_eval_step(experiment: Experiment, mesh: Mesh) -> Callable:
+  """eval_step(params, router, batch) -> (summed nats, correct predictions, predicted tokens)."""
+
+  def eval_step(params, router, batch):
+    variables = {'params': params, 'router': router}
+    out = Decoder(experiment.model, mesh).apply(variables, batch['tokens'], batch['positions'], batch['segment_ids'])
+    mask = batch['loss_mask']
+    nll, _, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, experiment.train.loss_chunk)
+    return nll, correct, jnp.sum(mask)
+
+  return eval_step
