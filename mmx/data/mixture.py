@@ -136,6 +136,9 @@ def shuffle(passages: list[Passages], seed: int, endless: bool) -> list[grain.Ma
 
 
 def weigh(parts: tuple[Part, ...], datasets: list[grain.MapDataset]) -> grain.MapDataset:
-  """The part of element i is a function of i and the weights alone; the counts of n elements are off by less than one
-  each (weights are rounded to 1% of the smallest)."""
+  """The part of element i is a function of i and the weights alone, and n elements hold weight * n of each part.
+
+  What counts is passages: a source of one passage a document weighs as many tokens as its documents are long. Weights
+  are rounded to 1% of the smallest.
+  """
   return grain.MapDataset.mix(datasets, weights=[part.weight for part in parts])

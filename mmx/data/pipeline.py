@@ -6,11 +6,12 @@ process reads, tokenizes and packs its own lanes and nothing else, so the cost p
 concatenating the batches of all processes gives the batch of one. `data.batch_size` is part of the order;
 the number of processes, `data.num_workers` and the prefetch thread are not.
 
-The state of an iterator lists its lanes' states, about 200 bytes each.
+The state of an iterator lists its lanes' states, 50 to 110 bytes each.
 """
 
 import atexit
 import functools
+import itertools
 import weakref
 from dataclasses import dataclass
 
@@ -69,9 +70,9 @@ def train_iterator(
     return grain.experimental.ZipIterDataset([lane(row) for row in rows]).map(packing.stack)
 
   if config.num_workers:
-    blocks = [block(list(share)) for share in np.array_split(rows, min(config.num_workers, len(rows)))]
+    shares = np.array_split(rows, min(config.num_workers, len(rows)))
     worker = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=PREFETCHED_BATCHES)
-    dataset = grain.experimental.ZipIterDataset([block.mp_prefetch(worker) for block in blocks]).map(join)
+    dataset = grain.experimental.ZipIterDataset([block(list(share)).mp_prefetch(worker) for share in shares]).map(join)
   else:
     dataset = block(rows)
   iterator = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCHED_BATCHES))
@@ -89,24 +90,28 @@ def close(reference: 'weakref.ref[grain.DatasetIterator]') -> None:
 def heldout(
     config: DataConfig, tokenizer: Tokenizer, num_batches: int, process_index: int = 0, process_count: int = 1
 ) -> HeldOut:
-  """The first `num_batches` batches of held-out documents in one fixed order, the same for every data.seed.
+  """`num_batches` batches of held-out documents in one fixed order, the same for every data.seed.
 
-  Fewer if the held-out documents do not fill them: each is read once at most. Every process packs all rows and keeps
-  its own, which for a few hundred rows costs less than a second.
+  Each part of a mixture gives its share of the rows, one after the other; fewer if its held-out documents do not fill
+  them, for each is read once at most. Every process packs all rows and keeps its own: for the 128 rows of the default
+  0.1 s with bytes and 0.4 s with a BPE.
 
   Raises:
     ConfigError: nothing is held out, a source is missing or empty, or rows do not divide by processes.
   """
   rows = local_rows(config, process_index, process_count)
   parts, passages = open_side(config, 'heldout')
-  documents = mixture.weigh(parts, mixture.shuffle(passages, seed=0, endless=False))
   tokenize = functools.partial(packing.tokenize, tokenizer=tokenizer, with_bytes=True)
+  weights = np.array([part.weight for part in parts])
+  ends = np.rint(np.cumsum(weights) / weights.sum() * num_batches * config.batch_size).astype(int)
   # Nineteen passages in twenty are the other side's: that is the split at work, not a filter gone wrong.
   quiet = grain.experimental.DatasetOptions(filter_warn_threshold_ratio=None)
-  stream = grain.experimental.WithOptionsIterDataset(documents.map(tokenize).to_iter_dataset(READING), quiet)
-  features = ('tokens', 'targets', 'target_bytes')
-  packed = iter(packing.pack(stream, config.packing, config.seq_len, seed=0, features=features))
-  every_row = [row for row, _ in zip(packed, range(num_batches * config.batch_size))]
+  every_row = []
+  for dataset, count in zip(mixture.shuffle(passages, seed=0, endless=False), np.diff(ends, prepend=0), strict=True):
+    stream = grain.experimental.WithOptionsIterDataset(dataset.map(tokenize).to_iter_dataset(READING), quiet)
+    features = ('tokens', 'targets', 'target_bytes')
+    packed = packing.pack(stream, config.packing, config.seq_len, seed=0, features=features)
+    every_row += itertools.islice(packed, count)
   if not every_row:
     counted = sum(len(part.source) for part in passages)
     raise ConfigError(

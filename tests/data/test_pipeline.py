@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -9,7 +11,7 @@ import pytest
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from mmx.config import ConfigError, DataConfig
-from mmx.data import pipeline, tokenizer
+from mmx.data import mixture, pipeline, sources, tokenizer
 
 BYTES = tokenizer.load('byte')
 
@@ -123,10 +125,16 @@ def test_heldout_is_the_same_for_every_seed_and_number_of_processes(corpus, conf
   assert {half.bytes_per_token for half in halves} == {whole.bytes_per_token}
 
 
+def test_heldout_rows_follow_the_weights_and_a_tiny_part_does_not_end_them(corpus, config, tmp_path):
+  (tmp_path / 'tiny.txt').write_text('a single tiny document')
+  source = f'jsonl:{corpus[0] / "jsonl"}@3 text:{tmp_path}@1'
+  whole = pipeline.heldout(dataclasses.replace(config, source=source), BYTES, 4)
+  rows = sum((batch['segment_ids'][:, 0] > 0).sum() for batch in whole.batches)
+  assert 24 <= rows <= 25  # three quarters of 32, and the tiny part's own row if it is held out
+
+
 def test_heldout_reads_each_document_once_and_pads_the_last_batch(corpus, config):
   heldout = pipeline.heldout(config, BYTES, 10_000)
-  from mmx.data import mixture, sources
-
   texts = list(mixture.documents(sources.open(config.source), config.heldout_fraction, 'heldout'))
   tokens = np.concatenate([batch['tokens'][batch['segment_ids'] > 0] for batch in heldout.batches])
   assert len(tokens) == sum(len(text.encode()) + 1 for text in texts)
@@ -180,6 +188,13 @@ def test_a_side_without_documents_is_refused(config, fraction, side):
 def test_rows_that_do_not_divide_by_processes_are_refused(config):
   with pytest.raises(ConfigError, match='batch_size = 8 does not divide by 3'):
     pipeline.train_iterator(config, BYTES, 0, 3)
+
+
+def test_importing_the_pipeline_stays_light():
+  code = 'import mmx.data.pipeline, sys; print(*sys.modules)'
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  heavy = {'tensorflow', 'tokenizers', 'matplotlib'}  # grain brings jax, orbax and array_record itself
+  assert not heavy & set(done.stdout.split())
 
 
 def test_fingerprint_follows_the_corpus_and_the_tokenizer_not_the_seed(corpus, config):
