@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec as P
 
-from mmx.config import ConfigError
+from mmx.config import ConfigError, MoEConfig
+from mmx.kernels_pallas import grouped
 from mmx.layers import moe_transport
+from mmx.layers.moe import MoE
 from mmx.layers.moe_transport import TRANSPORTS, expert_parallel
 
 B, T, D, F, E = 8, 7, 6, 4, 16
@@ -84,10 +87,10 @@ def quick_jit(function):
 
 
 @functools.cache
-def parallel(mesh_shape, transport, capacity_factor=0.0):
+def parallel(mesh_shape, transport, capacity_factor=0.0, local_experts=dense_experts):
   """The production function, jitted with its gradients."""
   run = functools.partial(expert_parallel, mesh=build_mesh(*mesh_shape), transport=transport,
-                          capacity_factor=capacity_factor, local_experts=dense_experts)
+                          capacity_factor=capacity_factor, local_experts=local_experts)
   return quick_jit(functools.partial(value_and_grads, run))
 
 
@@ -133,6 +136,34 @@ def test_expert_parallel_equals_single_device_for_one_and_eight_experts_per_toke
   for load in LOADS:
     args, dy = draw(k, load=load)
     assert_close(parallel(MESHES[mesh], transport)(args, dy), oracle(args, dy), 1e-5)
+
+
+@pytest.mark.parametrize('mesh,transport', [('fsdp2_expert4', 'ring'), ('fsdp2_expert2_tensor2', 'padded'),
+                                            ('expert8', 'ragged')])
+def test_transports_carry_the_grouped_product(mesh, transport):
+  """Its loop runs as long as a shard has work: shards with none, and rows of no expert, must leave zeros."""
+  for load in LOADS:
+    args, dy = draw(k=3, load=load)
+    got = parallel(MESHES[mesh], transport, local_experts=grouped.experts_loop)(args, dy)
+    assert_close(got, oracle(args, dy), 1e-5)
+
+
+@pytest.mark.parametrize('transport', TRANSPORTS)
+def test_moe_layer_on_a_mesh_equals_the_layer_on_one_device(transport):
+  config = MoEConfig(num_experts=E, top_k=3, d_ff=F, transport=transport)
+  (x_BTD, *_), dy_BTD = draw(k=3)
+  valid_BT = jnp.ones((B, T), bool)
+  alone = MoE(config, 1.0, None)
+  variables = nn.unbox(quick_jit(alone.init)(jax.random.key(0), x_BTD, valid_BT))
+
+  def gradients(layer):
+    def loss(params, x):
+      y_BTD, aux = layer.apply({**variables, 'params': params}, x, valid_BT)
+      return (y_BTD * dy_BTD).sum(), (y_BTD, aux)
+    return quick_jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables['params'], x_BTD)
+
+  wanted, got = gradients(alone), gradients(MoE(config, 1.0, build_mesh(fsdp=2, expert=2, tensor=2)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, wanted)
 
 
 def test_without_expert_axis_experts_stay_where_they_are():
@@ -289,9 +320,10 @@ def test_emulated_ragged_all_to_all_follows_the_documented_loop():
   np.testing.assert_array_equal(got, want)
 
 
-def test_one_device_calls_the_experts_directly():
+@pytest.mark.parametrize('mesh', [None, build_mesh()], ids=['no_mesh', 'mesh_of_one'])
+def test_one_device_calls_the_experts_directly(mesh):
   args, _ = draw(k=3)
-  run = functools.partial(expert_parallel, mesh=build_mesh(), transport='ring', capacity_factor=0.0,
+  run = functools.partial(expert_parallel, mesh=mesh, transport='ring', capacity_factor=0.0,
                           local_experts=dense_experts)
   here = jax.jit(lambda *args: run(*args)[0]).lower(*args).as_text()
   assert here == jax.jit(lambda *args: single_device(*args)).lower(*args).as_text()
