@@ -290,7 +290,7 @@ def test_every_number_has_a_range(path):
     (dict(model__moe__top_k=33), 'model.moe.top_k = 33: more than model.moe.num_experts = 32'),
     (dict(model__mtp__depth=255), 'model.mtp.depth = 255: looks past data.seq_len = 256'),
     (dict(train__accumulate=3), 'data.batch_size = 16: does not divide by train.accumulate = 3'),
-    (dict(train__accumulate=4), 'rows per microbatch do not divide by mesh.replica * mesh.fsdp * mesh.expert = 1 * 8 * 1'),
+    (dict(train__accumulate=4), 'per microbatch do not divide by mesh.replica * mesh.fsdp * mesh.expert = 1 * 8 * 1'),
     (dict(mesh__expert=8, model__moe__num_experts=12), 'moe.num_experts = 12: does not divide by mesh.expert = 8'),
     (dict(mesh__tensor=4), 'model.attention.num_kv_heads = 2: does not divide by mesh.tensor = 4'),
     (dict(mesh__tensor=2, model__moe__d_ff=63), 'model.moe.d_ff = 63: does not divide by mesh.tensor = 2'),
