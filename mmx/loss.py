@@ -13,28 +13,28 @@ def cross_entropy(hidden_BTD, head_DV, targets_BT, mask_BT, chunk=0):
   Returns:
     (sum of -log p, sum of logsumexp^2 for the z-loss, sum of correct argmaxes), each over mask_BT.
   """
-  D = hidden_BTD.shape[-1]
-  hidden_ND, targets_N, mask_N = hidden_BTD.reshape(-1, D), targets_BT.reshape(-1), mask_BT.reshape(-1)
+  B, T, _ = hidden_BTD.shape
   head = head_DV.astype(hidden_BTD.dtype)
-  N = targets_N.shape[0]
-  if not chunk or N <= chunk:
-    return _chunk_sums(hidden_ND, head, targets_N, mask_N)
-  pad = -N % chunk
-  hidden_ND = jnp.pad(hidden_ND, ((0, pad), (0, 0)))
-  targets_N, mask_N = jnp.pad(targets_N, (0, pad)), jnp.pad(mask_N, (0, pad))
+  columns = max(chunk // B, 1)
+  if not chunk or columns >= T:
+    return _chunk_sums(hidden_BTD, head, targets_BT, mask_BT)
+
+  def split(array):
+    """[B, T, ...] -> [chunks, B, columns, ...]: every chunk takes columns of all rows, so it stays spread over shards."""
+    padded = jnp.pad(array, ((0, 0), (0, -T % columns)) + ((0, 0),) * (array.ndim - 2))
+    return jnp.moveaxis(padded.reshape(B, -1, columns, *array.shape[2:]), 1, 0)
 
   def body(sums, piece):
     parts = jax.checkpoint(_chunk_sums)(piece[0], head, *piece[1:])
     return tuple(a + b for a, b in zip(sums, parts)), None
 
-  pieces = hidden_ND.reshape(-1, chunk, D), targets_N.reshape(-1, chunk), mask_N.reshape(-1, chunk)
-  return jax.lax.scan(body, (jnp.zeros(()),) * 3, pieces)[0]
+  return jax.lax.scan(body, (jnp.zeros(()),) * 3, tuple(map(split, (hidden_BTD, targets_BT, mask_BT))))[0]
 
 
-def _chunk_sums(hidden_ND, head_DV, targets_N, mask_N):
-  logits_NV = jnp.matmul(hidden_ND, head_DV, preferred_element_type=jnp.float32)
-  logsumexp_N = jax.nn.logsumexp(logits_NV, axis=-1)
-  target_logit_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
-  correct_N = target_logit_N >= jax.lax.stop_gradient(jnp.max(logits_NV, axis=-1))
-  nll = jnp.sum((logsumexp_N - target_logit_N) * mask_N)
-  return nll, jnp.sum(logsumexp_N**2 * mask_N), jnp.sum(correct_N * mask_N)
+def _chunk_sums(hidden_BCD, head_DV, targets_BC, mask_BC):
+  logits_BCV = jnp.matmul(hidden_BCD, head_DV, preferred_element_type=jnp.float32)
+  logsumexp_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+  target_logit_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+  correct_BC = target_logit_BC >= jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1))
+  nll = jnp.sum((logsumexp_BC - target_logit_BC) * mask_BC)
+  return nll, jnp.sum(logsumexp_BC**2 * mask_BC), jnp.sum(correct_BC * mask_BC)

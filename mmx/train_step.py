@@ -89,9 +89,9 @@ def _is_aux(node):
   return isinstance(node, MoEAux)
 
 
-def loads(aux, microbatches=1):
-  """Expert loads in the structure of the router collection: {'...': {'ffn': {'bias': [layers, E]}}}."""
-  return jax.tree.map(lambda a: {'ffn': {'bias': a.load_E / microbatches}}, aux, is_leaf=_is_aux)
+def loads(aux, share):
+  """Expert loads, times `share`, in the structure of the router collection: {'...': {'ffn': {'bias': [layers, E]}}}."""
+  return jax.tree.map(lambda a: {'ffn': {'bias': a.load_E * share}}, aux, is_leaf=_is_aux)
 
 
 def make_train_step(experiment: Experiment, mesh: Mesh) -> Callable:
@@ -108,12 +108,13 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> Callable:
 
   def train_step(state: TrainState, batch):
     token_count = jnp.maximum(jnp.sum(batch['loss_mask']), 1.0)
+    routed_count = jnp.sum(batch['segment_ids'] > 0)
     weight = mtp_schedule(state.step)
 
     def gradients(microbatch):
       function = lambda params: loss_terms(experiment, mesh, params, state.router, microbatch, weight, token_count)
       (_, (metrics, aux)), grads = jax.value_and_grad(function, has_aux=True)(state.params)
-      return grads, metrics, loads(aux, microbatches)
+      return grads, metrics, loads(aux, jnp.sum(microbatch['segment_ids'] > 0) / routed_count)
 
     if microbatches == 1:
       grads, metrics, load = gradients(batch)

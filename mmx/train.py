@@ -1,0 +1,403 @@
+"""Trains every arm and seed of an experiment and compares them.
+
+  python -m mmx.train --config=experiments/moe_ablation.py
+  python -m mmx.train --config=experiments/moe_ablation.py --arm=e128_top8 --scale=h200 --set train.steps=500
+
+A run lives in <workdir>/<arm>/seed<k>: config.gin, run.json, TensorBoard events, metrics.jsonl, checkpoints, and at the
+end result.json. The same command continues what was stopped and skips what is finished; the table, the figure and
+their TensorBoard run are rewritten in <workdir> whenever a run ends.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+from absl import app, flags, logging
+
+from mmx import config
+
+CONFIG = flags.DEFINE_string('config', None, 'Experiment: a .py file with get_config, or a .gin file.', required=True)
+ARM = flags.DEFINE_list('arm', None, 'Arms to run, by name; all if left out.')
+SCALE = flags.DEFINE_string('scale', 'cpu', 'Size of the experiment: cpu, h200, ... as its file allows.')
+SEEDS = flags.DEFINE_list('seeds', None, 'Seeds to run; those of the experiment file if left out.')
+SET = flags.DEFINE_multi_string('set', [], 'Override one field, e.g. --set train.steps=500. Repeatable.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the runs; runs/<experiment>_<scale> if left out.')
+PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print each arm and its difference from the defaults; exit.')
+RESUME = flags.DEFINE_bool('resume', True, 'Continue what the workdir holds; --noresume refuses to.')
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument {argv[1]!r}; every option starts with --')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    run_experiment()
+  except (config.ConfigError, OSError) as error:
+    stop(error)
+  except RuntimeError as error:
+    if type(error).__module__.startswith('mmx.'):  # CheckpointError, NonFiniteError, ReportError: one line says it all
+      stop(error)
+    raise
+
+
+def stop(error):
+  sys.exit(f'error: {error}')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# all arms, all seeds
+
+
+def run_experiment():
+  experiment_file = config.load_experiment(CONFIG.value, SCALE.value)
+  arms = {name: config.select_arm(experiment_file, name) for name in ARM.value or experiment_file.arms}
+  for assignment in SET.value:
+    field = dict([config.parse_assignment(assignment)])
+    arms = {name: config.override(arm, field) for name, arm in arms.items()}
+  if PRINT_CONFIG.value:
+    return print_configs(arms)
+  try:
+    seeds = tuple(int(seed) for seed in SEEDS.value or experiment_file.seeds)
+  except ValueError:
+    raise config.ConfigError(f'--seeds: expected whole numbers, found {",".join(SEEDS.value)}') from None
+  workdir = pathlib.Path(WORKDIR.value or f'runs/{experiment_file.name}_{SCALE.value}')
+
+  import jax  # after the flags, so that a mistake in them is told at once
+
+  from mmx import distributed, flops, report
+
+  cache_compilations()
+  distributed.initialize()
+  for arm in arms.values():
+    config.validate(arm, num_devices=jax.device_count())
+  flops.assert_comparable({name: arm.model for name, arm in arms.items()})
+  say(f'{experiment_file.name} at scale {SCALE.value}: {len(arms)} arm(s) x {len(seeds)} seed(s) -> {workdir}')
+  for name, arm in arms.items():
+    count = flops.count_parameters(arm.model)
+    say(
+        f'  {name}: {count.total / 1e6:.3f}M parameters, {count.active_without_router / 1e6:.3f}M active per token '
+        f'(+ {count.router / 1e6:.3f}M router)'
+    )
+
+  programs = {}
+  runs = [(name, seed) for seed in seeds for name in arms]
+  for index, (name, seed) in enumerate(runs, start=1):
+    run = Run(name, seed, arms[name], workdir / name / f'seed{seed}', index, len(runs), arms_differ_in(arms))
+    if not run.finished():
+      programs.setdefault(name, Programs(arms[name]))
+      if not train(run, programs[name]):
+        return
+    if distributed.is_primary():
+      summary = report.write(
+          workdir, experiment_file.metric, experiment_file.published, experiment_file.doc, list(arms)
+      )
+  if distributed.is_primary():
+    print(f'\n{summary.to_terminal()}\n\n{workdir}/summary.md has the table; tensorboard --logdir {workdir}')
+
+
+def print_configs(arms):
+  for name, arm in arms.items():
+    print(f'# ---- arm {name}: resolved\n{config.dump(arm)}\n# ---- arm {name}: differs from the defaults in')
+    for path, default, value in config.diff(config.Experiment(), arm):
+      print(f'#   {path} = {value!r}  (default {default!r})')
+
+
+def arms_differ_in(arms):
+  """Dotted paths of the fields that are not the same in all arms."""
+  first, *others = arms.values()
+  return sorted({path for other in others for path, _, _ in config.diff(first, other)})
+
+
+def cache_compilations():
+  """Keeps compiled programs between runs in ~/.cache/mmx, or where JAX_COMPILATION_CACHE_DIR says."""
+  import jax
+
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/mmx/compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def say(line):
+  import jax
+
+  if jax.process_index() == 0:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one run
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One arm at one seed, which decides initial parameters and data order; the arms of a seed share the latter."""
+
+  arm: str
+  seed: int
+  base: config.Experiment
+  folder: pathlib.Path
+  index: int
+  of: int
+  differs: list[str]
+
+  @functools.cached_property
+  def experiment(self) -> config.Experiment:
+    return config.override(self.base, {'train.seed': self.seed, 'data.seed': self.seed})
+
+  def finished(self) -> bool:
+    """Whether result.json of this very config is there. Refuses a folder that holds another config's run."""
+    written = self.folder / 'config.gin'
+    if written.exists():
+      if not RESUME.value:
+        raise config.ConfigError(f'{self.folder} holds a run already; without --noresume it is continued')
+      different = config.diff(config.load(written), self.experiment)
+      if different:
+        path, there, here = different[0]
+        more = f' (and {len(different) - 1} more)' if len(different) > 1 else ''
+        raise config.ConfigError(
+            f'{written}: the run in this workdir has {path} = {there!r}, this one {here!r}{more}; '
+            'give another --workdir or the same config'
+        )
+    return (self.folder / 'result.json').exists()
+
+
+class Programs:
+  """The compiled steps of one arm, shared by its seeds: made once, unable to recompile."""
+
+  def __init__(self, experiment: config.Experiment):
+    import jax
+
+    from mmx import sharding
+
+    sizes = config.resolve_mesh(experiment.mesh, jax.device_count())
+    self.experiment = experiment
+    self.mesh = sharding.build_mesh(experiment.mesh)
+    self.devices = math.prod(sizes.values())
+
+  @functools.cached_property
+  def batch(self):
+    """Abstract batch [B, T] in its placement."""
+    import jax
+    import jax.numpy as jnp
+
+    from mmx import sharding
+
+    shape = self.experiment.data.batch_size, self.experiment.data.seq_len
+    placed = jax.sharding.NamedSharding(self.mesh, sharding.batch_spec())
+    fields = {name: jnp.int32 for name in ('tokens', 'targets', 'segment_ids', 'positions')}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+        for name, dtype in (fields | {'loss_mask': jnp.float32}).items()
+    }
+
+  @functools.cached_property
+  def state(self):
+    from mmx import train_step
+
+    return train_step.abstract_state(self.experiment, self.mesh)
+
+  @functools.cached_property
+  def train_step(self):
+    import jax
+
+    from mmx import train_step
+
+    step = train_step.make_train_step(self.experiment, self.mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(self.state, self.batch).compile()
+
+  @functools.cached_property
+  def eval_step(self):
+    import jax
+
+    from mmx import train_step
+
+    step = train_step.make_eval_step(self.experiment, self.mesh)
+    return jax.jit(step).lower(self.state.params, self.state.router, self.batch).compile()
+
+
+def train(run: Run, programs: Programs) -> bool:
+  """Trains one run to its end and writes result.json; False if it was asked to stop on the way."""
+  import jax
+  import numpy as np
+
+  from mmx import checkpoint, distributed, flops, metrics, sharding, train_step
+  from mmx.data import pipeline, tokenizer
+
+  began = time.time()
+  experiment, mesh = run.experiment, programs.mesh
+  steps, primary = experiment.train.steps, distributed.is_primary()
+  tokens_per_step = experiment.data.batch_size * experiment.data.seq_len
+
+  # ---- folder, checkpoints: what cannot work is said before anything is compiled
+  checkpoints = checkpoint.Checkpointer(run.folder / 'checkpoints', experiment.train.keep_checkpoints)
+
+  # ---- data
+  vocabulary = tokenizer.load(experiment.data.tokenizer)
+  if vocabulary.vocab_size > experiment.model.vocab_size:
+    raise config.ConfigError(
+        f'model.vocab_size: {experiment.model.vocab_size} is smaller than the {vocabulary.vocab_size} tokens of '
+        f'data.tokenizer = {experiment.data.tokenizer!r}'
+    )
+  shard = jax.process_index(), jax.process_count()
+  iterator = pipeline.train_iterator(experiment.data, vocabulary, *shard)
+  heldout = pipeline.heldout(experiment.data, vocabulary, experiment.eval.batches, *shard)
+  put = functools.partial(distributed.put_batch, mesh=mesh, spec=sharding.batch_spec())
+  heldout_batches = [put(batch) for batch in heldout.batches]
+  corpus = pipeline.fingerprint(experiment.data, vocabulary)
+
+  # ---- state: a checkpoint's or a new one
+  saved = checkpoints.latest_metadata()
+  if saved and saved['tokenizer'] != vocabulary.fingerprint:
+    raise config.ConfigError(
+        f'data.tokenizer: {experiment.data.tokenizer!r} ({vocabulary.fingerprint}) is not the tokenizer of the '
+        f'checkpoint in {run.folder} ({saved["tokenizer"]})'
+    )
+  restored = checkpoints.restore(programs.state, iterator)
+  if restored:
+    start, state, saved = restored
+  else:
+    start, state, saved = 0, train_step.init_state(experiment, mesh), {'curve': {}}
+  curve = saved['curve'] or {'step': [], 'tokens': [], 'heldout_loss': []}
+  if primary:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / 'config.gin').write_text(config.dump(experiment))
+    (run.folder / 'run.json').write_text(json.dumps(provenance(corpus, start), indent=1))
+
+  # ---- what a researcher sees
+  peak = flops.peak_flops(mesh.devices.flat[0], experiment.model.compute_dtype) * programs.devices
+  flops_per_token = flops.step_flops(experiment)
+  progress = metrics.Progress(run.arm, run.seed, steps, start_step=start, run=run.index, runs=run.of,
+                              stream=sys.stderr if primary else open(os.devnull, 'w'))
+  throughput = metrics.Throughput(tokens_per_step, flops_per_token, peak)
+  late_metrics = metrics.LateMetrics()
+  writer = metrics.RunWriter(run.folder, start) if primary else None
+  if writer:
+    writer.text('config', f'```\n{config.dump(experiment)}```')
+    different = config.to_flat_dict(experiment)
+    varying = {path: different[path] for path in run.differs}
+    writer.hparams({'arm': run.arm, 'seed': run.seed} | varying, ['heldout/loss', 'heldout/bits_per_byte', 'loss'])
+  interval, last = [], {}
+
+  def record(step, values):
+    """Scalars of a finished step, which came one step late."""
+    load_LE = np.concatenate([np.atleast_2d(load) for load in jax.tree.leaves(values.pop('load'))] or [np.ones((1, 1))])
+    checkpoint.check_finite(step, values)
+    throughput.tick(step)
+    interval.append(values['loss'])
+    moving = throughput.moving()
+    progress.update(step, float(values['loss']), moving.get('tokens_per_second'))
+    last.update(values, load=load_LE)
+    if writer and (step % experiment.train.log_every == 0 or step == steps):
+      values = {name: float(value) for name, value in values.items()} | {'loss': float(np.mean(interval))}
+      last['loss'] = values['loss']
+      writer.scalars(step, values | moving | metrics.load_scalars(load_LE) | metrics.memory_stats())
+      interval.clear()
+    if writer and step % experiment.train.histogram_every == 0:
+      writer.expert_load(step, load_LE)
+
+  def catch_up():
+    """Records what is still on its way, so that nothing unchecked is saved and no evaluation hides a step."""
+    if (late := late_metrics.drain()) is not None:
+      record(*late)
+
+  def evaluate(step):
+    with throughput.paused():
+      sums = [programs.eval_step(state.params, state.router, batch) for batch in heldout_batches]
+      nats, correct, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    loss = nats / count
+    bits = loss / math.log(2) / heldout.bytes_per_token
+    checkpoint.check_finite(step, {'heldout/loss': loss})
+    for name, value in (('step', step), ('tokens', step * tokens_per_step), ('heldout_loss', loss)):
+      curve[name].append(value)
+    last.update(heldout_loss=loss, heldout_bpb=bits)
+    if writer:
+      writer.scalars(step, {'heldout/loss': loss, 'heldout/bits_per_byte': bits, 'heldout/accuracy': correct / count})
+    progress.update(step, float(last['loss']), throughput.moving().get('tokens_per_second'), heldout_loss=loss)
+
+  def save(step):
+    with throughput.paused():
+      checkpoints.save(step, state, iterator, {'tokenizer': vocabulary.fingerprint, 'curve': curve, 'last': scalars(last)})
+
+  # ---- the loop
+  last.update(saved.get('last', {}))
+  with distributed.Preemption() as preemption:
+    for step in range(start + 1, steps + 1):
+      state, values = programs.train_step(state, put(next(iterator)))
+      if (late := late_metrics.push(step, values)) is not None:
+        record(*late)
+      stopping = preemption.agreed() if step % experiment.train.log_every == 0 or shard[1] == 1 else False
+      if step % experiment.eval.every == 0 or step == steps:
+        catch_up()
+        evaluate(step)
+      if step % experiment.train.checkpoint_every == 0 or step == steps or stopping:
+        catch_up()
+        save(step)
+      if stopping and step < steps:
+        checkpoints.close()
+        progress.close()
+        if writer:
+          writer.close()
+        say(f'stopped by {preemption.signal_name or "another process"} at step {step} of {steps}, saved; '
+            'the same command continues')
+        return False
+  checkpoints.close()
+  progress.close()
+
+  # ---- the result
+  if writer:
+    count = flops.count_parameters(experiment.model)
+    load_LE = np.asarray(last['load'])
+    result = {
+        'arm': run.arm, 'seed': run.seed, 'steps': steps, 'tokens': steps * tokens_per_step,
+        'heldout_loss': last['heldout_loss'], 'heldout_bpb': last['heldout_bpb'], 'train_loss': float(last['loss']),
+        **throughput.overall(),
+        'params': {
+            'total': count.total, 'active': count.active,
+            'active_without_router': count.active_without_router, 'router': count.router,
+        },
+        'flops_per_token': flops_per_token,
+        'load_max_over_mean': metrics.load_scalars(load_LE)['load_max_over_mean'],
+        'router_entropy': float(last.get('router/entropy', math.nan)),
+        'curve': curve, 'wall_seconds': time.time() - began,
+        **provenance(corpus, start),
+    }
+    writer.finish()
+    partial = run.folder / 'result.json.partial'
+    partial.write_text(json.dumps(result, indent=1))
+    os.replace(partial, run.folder / 'result.json')
+  distributed.barrier(f'{run.arm}/{run.seed}')
+  return True
+
+
+def scalars(last):
+  """`last` as JSON."""
+  return {name: value.tolist() if hasattr(value, 'tolist') else value for name, value in last.items()}
+
+
+def provenance(corpus, start):
+  """Where the figures of a run come from."""
+  import jax
+
+  device = jax.devices()[0]
+  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
+  git = subprocess.run(
+      ['git', 'describe', '--always', '--dirty'], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True
+  )
+  return {
+      'device': f'{jax.device_count()} x {device.device_kind}' + (f' ({os.cpu_count()} cores)' if device.platform == 'cpu' else ''),
+      'versions': {'python': sys.version.split()[0]} | {name: metadata.version(name) for name in names},
+      'git': git.stdout.strip(), 'corpus': corpus, 'started_at_step': start, 'date': time.strftime('%Y-%m-%d'),
+  }
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,158 @@
+"""Invariants of the decoder, through `Decoder.apply`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import tiny
+
+from mmx import flops
+from mmx.layers.moe import update_bias
+from mmx.model import Decoder, init_variables
+from mmx.train_step import loss_terms
+
+
+def variables(model, seed=0):
+  """Initialised, with norms and biases randomised: their defaults of 1 and 0 would hide a missing use."""
+  tree = nn.unbox(init_variables(model, None, jax.random.key(seed)))
+  leaves, treedef = jax.tree.flatten(tree)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  return treedef.unflatten([x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)])
+
+
+def hidden(model, tree, batch):
+  return Decoder(model).apply(tree, batch['tokens'], batch['positions'], batch['segment_ids']).hidden
+
+
+def close(actual, wanted, tolerance=2e-5):
+  scale = max(float(jnp.abs(w).max()) for w in jax.tree.leaves(wanted))
+  for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, w, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize('qk_norm', ['none', 'full_width', 'per_head'])
+def test_no_gradient_flows_from_the_future(qk_norm):
+  model = tiny.experiment(model__attention__qk_norm=qk_norm).model
+  tree, batch = variables(model), tiny.batch()
+  batch['segment_ids'] = jnp.ones_like(batch['segment_ids'])
+  table = tree['params']['embedding']['table']
+  batch['tokens'] = jnp.arange(24, dtype=jnp.int32)[None].repeat(8, 0)  # each position has its own embedding row
+
+  def at_position(table):
+    params = tree['params'] | {'embedding': tree['params']['embedding'] | {'table': table}}
+    return jnp.sum(hidden(model, {'params': params, 'router': tree['router']}, batch)[0, 10])
+
+  gradient = jnp.abs(jax.grad(at_position)(table)).sum(axis=-1)
+  assert float(gradient[11:].max()) == 0 and float(gradient[:11].min()) > 0
+
+
+def test_packing_isolates_documents():
+  model = tiny.BASE.model
+  tree, batch = variables(model), tiny.batch()
+  before = hidden(model, tree, batch)
+  second = batch['segment_ids'] == 2
+  changed = batch | {'tokens': jnp.where(second, (batch['tokens'] + 7) % 61, batch['tokens'])}
+  after = hidden(model, tree, changed)
+  np.testing.assert_array_equal(before[~second], after[~second])
+  assert float(jnp.abs(before - after)[second].max()) > 1e-3
+
+
+def test_a_packed_document_equals_itself_alone():
+  model = tiny.BASE.model
+  tree, batch = variables(model), tiny.batch()
+  row = np.flatnonzero(np.asarray(batch['segment_ids'][0]) == 2)
+  alone = {name: a[:1, row] for name, a in batch.items()}
+  close(hidden(model, tree, alone), hidden(model, tree, batch)[:1, row])
+
+
+def gradients(experiment, tree, batch):
+  function = lambda params: loss_terms(experiment, None, params, tree['router'], batch, 0.3, jnp.float32(100))[0]
+  return jax.jit(jax.value_and_grad(function))(tree['params'])
+
+
+@pytest.mark.parametrize('pattern', ['full*4', '(full full/dense)*2', 'full/dense*2 full*2'])
+def test_scan_equals_unrolled(pattern):
+  scanned = tiny.experiment(model__pattern=pattern)
+  unrolled = tiny.experiment(model__pattern=pattern, model__layer_loop='unroll')
+  tree, batch = variables(scanned.model), tiny.batch()
+  close(gradients(unrolled, tree, batch), gradients(scanned, tree, batch))
+
+
+@pytest.mark.parametrize('remat', ['full', 'dots', 'mixer'])
+def test_remat_equals_no_remat(remat):
+  tree, batch = variables(tiny.BASE.model), tiny.batch()
+  close(gradients(tiny.experiment(model__remat=remat), tree, batch), gradients(tiny.BASE, tree, batch))
+
+
+def test_loss_in_chunks_equals_the_whole():
+  tree, batch = variables(tiny.BASE.model), tiny.batch()
+  close(gradients(tiny.experiment(train__loss_chunk=50), tree, batch), gradients(tiny.BASE, tree, batch))
+
+
+@pytest.mark.parametrize('overrides', [
+    {'model__attention__qk_norm': 'per_head', 'model__tie_embeddings': True},
+    {'model__moe__shared_d_ff': 16, 'model__moe__gate': 'softmax', 'model__mtp__depth': 2},
+    {'model__pattern': 'full/dense*1 full*3', 'model__attention__qk_norm': 'none'},
+])
+def test_parameters_are_as_many_as_the_formula_says(overrides):
+  model = tiny.experiment(**overrides).model
+  tree = jax.eval_shape(lambda: nn.unbox(init_variables(model, None, jax.random.key(0))))
+  assert sum(leaf.size for leaf in jax.tree.leaves(tree['params'])) == flops.count_parameters(model).total
+
+
+def test_bias_selects_but_never_weighs_and_gets_no_gradient():
+  experiment = tiny.BASE
+  tree, batch = variables(experiment.model), tiny.batch()
+  tree['router'] = jax.tree.map(jnp.zeros_like, tree['router'])
+  shifted = tree | {'router': jax.tree.map(lambda bias: bias + 5.0, tree['router'])}  # the same for all: same choice
+  np.testing.assert_allclose(
+      hidden(experiment.model, tree, batch), hidden(experiment.model, shifted, batch), atol=1e-6
+  )
+  function = lambda router: loss_terms(experiment, None, tree['params'], router, batch, 0.3, jnp.float32(100))[0]
+  assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(jax.grad(function)(tree['router'])))
+
+
+def test_bias_update_evens_the_load():
+  """The sign rule on a fixed skewed gate: loads meet, as the bias decides the selection alone."""
+  rng = np.random.default_rng(0)
+  scores = jnp.asarray(1 / (1 + np.exp(-(rng.normal(size=(4096, 8)) + np.linspace(-2, 2, 8)))), jnp.float32)
+  bias, worst = jnp.zeros(8), []
+  for _ in range(400):
+    ids = jax.lax.top_k(scores + bias[None], 2)[1]
+    load = jnp.bincount(ids.ravel(), length=8) / ids.size
+    worst.append(float(load.max() / load.mean()))
+    bias = update_bias(bias, load, 2e-3)
+  assert worst[0] > 3 and worst[-1] < 1.05
+  assert abs(float(bias.mean())) < 1e-6
+
+
+def test_mtp_module_predicts_one_token_further():
+  """With targets that only the module can see wrong, the main loss stands still and the module's moves."""
+  experiment = tiny.experiment(model__mtp__depth=2)
+  tree, batch = variables(experiment.model), tiny.batch()
+  batch['segment_ids'] = jnp.ones_like(batch['segment_ids'])
+  batch['loss_mask'] = jnp.ones_like(batch['loss_mask'])
+  out = Decoder(experiment.model).apply(tree, batch['tokens'], batch['positions'], batch['segment_ids'])
+  logits = jax.nn.log_softmax(out.mtp[0] @ out.head)
+  T = batch['tokens'].shape[1]
+  wanted = -jnp.take_along_axis(logits[:, : T - 1], batch['targets'][:, 1:, None], axis=-1).sum() / 100
+  _, (metrics, _) = loss_terms(experiment, None, tree['params'], tree['router'], batch, 0.3, jnp.float32(100))
+  np.testing.assert_allclose(metrics['mtp_loss_1'], wanted, rtol=1e-5)
+  # Module 1 at position p has seen token p + 1 and nothing later.
+  later = batch | {'tokens': batch['tokens'].at[:, 12].add(1) % 61}
+  moved = Decoder(experiment.model).apply(tree, later['tokens'], later['positions'], later['segment_ids']).mtp
+  change = [jnp.abs(a - b).max(axis=(0, 2)) for a, b in zip(out.mtp, moved)]
+  assert float(change[0][:11].max()) == 0 and float(change[0][11]) > 0
+  assert float(change[1][:10].max()) == 0 and float(change[1][10]) > 0
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+  experiment = tiny.experiment(model__compute_dtype='bfloat16')
+  tree, batch = variables(experiment.model), tiny.batch()
+  assert hidden(experiment.model, tree, batch).dtype == jnp.bfloat16
+  loss, grads = gradients(experiment, tree, batch)
+  exact, _ = gradients(tiny.BASE, tree, batch)
+  assert abs(float(loss) - float(exact)) < 0.02 * float(exact)
+  assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
