@@ -15,6 +15,7 @@ files are shared between processes and threads.
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,11 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import logging as absl_logging
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from mmx import distributed
+
+logger = logging.getLogger(__name__)
 
 STEP_FOLDER = re.compile(r'(\d{8,})(?:\.(\d+))?')
 SEAL = re.compile(r'seal\.(\d+)-of-(\d+)\.json')
@@ -93,10 +96,10 @@ class Checkpointer:
     self._background = ThreadPoolExecutor(1, 'checkpoint')
     # zstd takes 11% off float32 weights and makes writing and reading twice as slow.
     self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), WRITE_TIMEOUT_S)
-    logging.get_absl_logger().addFilter(_without_orbax_tracebacks)
+    absl_logging.get_absl_logger().addFilter(_without_orbax_tracebacks)
+    self._attempts: dict[int, int] = {}  # step → its last attempt
     if keep is not None:
       self._prepare()
-    self._attempts = dict(sorted(self._marks()))  # step → its last attempt
 
   def save(self, step: int, state: Any, data_iterator: Any, metadata: dict[str, Any]) -> None:
     """Starts a checkpoint; returns when the arrays are copied to the host, so that the step may donate them.
@@ -205,9 +208,11 @@ class Checkpointer:
       raise CheckpointError(f'checkpoints cannot be written to {self.directory}: {_reason(error)}') from error
     if distributed.is_primary():
       for mark in sorted(self._marks() - self._sealed()):
-        logging.warning('checkpoint %s was never finished; removed', self._path(mark))
+        logger.warning('checkpoint %s was never finished; removed', self._path(mark))
         self._remove(mark)
     distributed.barrier('checkpoint directory is clean')
+    self._attempts.update(sorted(self._marks()))
+    distributed.barrier('all have seen the same checkpoints')  # before the first of them adds one
 
   def _require_space(self, num_bytes: int) -> None:
     """A full disk in the middle of a save is survived too, but not told as clearly."""
@@ -233,7 +238,7 @@ class Checkpointer:
       self._clear(mark)
 
   def _clear(self, saved: Mark) -> None:
-    """Removes what is older than the newest `keep`, repeated or damaged. Waits for no other process's seal of `saved`."""
+    """Removes what is older than the newest `keep`, repeated or damaged; what is newer than `saved` and whole stays."""
     whole = dict(sorted(mark for mark in self._sealed() - self._rejected if mark <= saved))  # last attempt of each step
     survivors = {saved, *[Mark(*item) for item in whole.items()][-self.keep :]}
     for mark in self._marks() - survivors:
@@ -241,7 +246,7 @@ class Checkpointer:
         try:
           self._remove(mark)
         except Exception as error:  # the new checkpoint stands all the same
-          logging.warning('checkpoint %s could not be removed: %s', self._path(mark), _reason(error))
+          logger.warning('checkpoint %s could not be removed: %s', self._path(mark), _reason(error))
 
   def _remove(self, mark: Mark) -> None:
     """Unsealed first, so that what a crash leaves is never taken for a checkpoint."""
@@ -262,6 +267,7 @@ class Checkpointer:
   def _newest_whole(self) -> Mark | None:
     """The same on every process, or an error: each looks at its share of the files and all must agree."""
     self.wait()
+    distributed.barrier('all have sealed')
     remaining = sorted(self._sealed() - self._rejected)
     while True:
       mark = remaining.pop() if remaining else Mark(-1)
@@ -276,7 +282,7 @@ class Checkpointer:
         return mark
       self._rejected.add(mark)
       if fault is not None:
-        logging.warning('checkpoint %s is damaged and passed over: %s', self._path(mark), fault)
+        logger.warning('checkpoint %s is damaged and passed over: %s', self._path(mark), fault)
 
   def _fault(self, mark: Mark) -> str | None:
     """What is wrong with this process's share of the files of a sealed checkpoint; None if nothing is."""

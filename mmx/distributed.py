@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmx.config import ConfigError
 
-METADATA_TIMEOUT_S = 5  # the metadata server of a TPU VM answers within milliseconds; without one the name fails at once
+METADATA_TIMEOUT_S = 5  # a TPU VM's server answers within milliseconds; elsewhere its name fails at once
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
