@@ -8,6 +8,7 @@ end result.json. The same command continues what was stopped and skips what is f
 their TensorBoard run are rewritten in <workdir> whenever a run ends.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -33,9 +34,16 @@ PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print each arm and its 
 RESUME = flags.DEFINE_bool('resume', True, 'Continue what the workdir holds; --noresume refuses to.')
 
 
+def parse_flags(argv):
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    stop(' '.join(str(error).split()))
+
+
 def main(argv):
   if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}; every option starts with --')
+    stop(f'unexpected argument {argv[1]!r}; every option starts with --')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
   try:
@@ -65,7 +73,7 @@ def run_experiment():
   if PRINT_CONFIG.value:
     return print_configs(arms)
   try:
-    seeds = tuple(int(seed) for seed in SEEDS.value or experiment_file.seeds)
+    seeds = list(dict.fromkeys(int(seed) for seed in SEEDS.value or experiment_file.seeds))
   except ValueError:
     raise config.ConfigError(f'--seeds: expected whole numbers, found {",".join(SEEDS.value)}') from None
   workdir = pathlib.Path(WORKDIR.value or f'runs/{experiment_file.name}_{SCALE.value}')
@@ -76,8 +84,14 @@ def run_experiment():
 
   cache_compilations()
   distributed.initialize()
-  for arm in arms.values():
-    config.validate(arm, num_devices=jax.device_count())
+  pairs = [(name, seed) for seed in seeds for name in arms]
+  differs = arms_differ_in(arms)
+  runs = [
+      Run(name, seed, arms[name], workdir / name / f'seed{seed}', index, len(pairs), differs)
+      for index, (name, seed) in enumerate(pairs, start=1)
+  ]
+  for run in runs:
+    config.validate(run.experiment, jax.device_count(), jax.process_count())
   flops.assert_comparable({name: arm.model for name, arm in arms.items()})
   say(f'{experiment_file.name} at scale {SCALE.value}: {len(arms)} arm(s) x {len(seeds)} seed(s) -> {workdir}')
   for name, arm in arms.items():
@@ -87,19 +101,25 @@ def run_experiment():
         f'(+ {count.router / 1e6:.3f}M router)'
     )
 
+  def write_summary():
+    return report.write(workdir, experiment_file.metric, experiment_file.published, experiment_file.doc, list(arms))
+
+  waiting = [run for run in runs if not run.finished()]  # every folder is looked at before one is written to
   programs = {}
-  runs = [(name, seed) for seed in seeds for name in arms]
-  for index, (name, seed) in enumerate(runs, start=1):
-    run = Run(name, seed, arms[name], workdir / name / f'seed{seed}', index, len(runs), arms_differ_in(arms))
-    if not run.finished():
-      programs.setdefault(name, Programs(arms[name]))
-      if not train(run, programs[name]):
+  with distributed.Preemption() as preemption:
+    for run in waiting:
+      if preemption.agreed():
+        return say(f'stopped by {preemption.signal_name or "another process"} before {run.arm}/seed{run.seed}; '
+                   'the same command continues')
+      if run.arm not in programs:
+        programs[run.arm] = Programs(arms[run.arm])
+      if not train(run, programs[run.arm], preemption):
         return
-    if distributed.is_primary():
-      summary = report.write(
-          workdir, experiment_file.metric, experiment_file.published, experiment_file.doc, list(arms)
-      )
+      if distributed.is_primary():
+        summary = write_summary()
   if distributed.is_primary():
+    if not waiting:
+      summary = write_summary()
     print(f'\n{summary.to_terminal()}\n\n{workdir}/summary.md has the table; tensorboard --logdir {workdir}')
 
 
@@ -170,17 +190,24 @@ class Run:
 
 
 class Programs:
-  """The compiled steps of one arm, shared by its seeds: made once, unable to recompile."""
+  """The compiled steps of one arm, shared by its seeds: made once, unable to recompile.
+
+  The training step is traced at once, so that a model that cannot be built says so before a folder is made, and
+  compiled when the loop asks for it.
+  """
 
   def __init__(self, experiment: config.Experiment):
     import jax
 
-    from mmx import sharding
+    from mmx import sharding, train_step
 
     sizes = config.resolve_mesh(experiment.mesh, jax.device_count())
     self.experiment = experiment
     self.mesh = sharding.build_mesh(experiment.mesh)
     self.devices = math.prod(sizes.values())
+    step = train_step.make_train_step(experiment, self.mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+    self._lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(self.state, self.batch)
 
   @functools.cached_property
   def batch(self):
@@ -206,13 +233,7 @@ class Programs:
 
   @functools.cached_property
   def train_step(self):
-    import jax
-
-    from mmx import train_step
-
-    step = train_step.make_train_step(self.experiment, self.mesh)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(self.state, self.batch).compile()
+    return self._lowered.compile()
 
   @functools.cached_property
   def eval_step(self):
@@ -224,8 +245,8 @@ class Programs:
     return jax.jit(step).lower(self.state.params, self.state.router, self.batch).compile()
 
 
-def train(run: Run, programs: Programs) -> bool:
-  """Trains one run to its end and writes result.json; False if it was asked to stop on the way."""
+def train(run: Run, programs: Programs, preemption) -> bool:
+  """Trains one run to its end and writes result.json; False if `preemption` asked to stop on the way."""
   import jax
   import numpy as np
 
@@ -237,10 +258,7 @@ def train(run: Run, programs: Programs) -> bool:
   steps, primary = experiment.train.steps, distributed.is_primary()
   tokens_per_step = experiment.data.batch_size * experiment.data.seq_len
 
-  # ---- folder, checkpoints: what cannot work is said before anything is compiled
-  checkpoints = checkpoint.Checkpointer(run.folder / 'checkpoints', experiment.train.keep_checkpoints)
-
-  # ---- data
+  # ---- data, before the folder: what cannot work leaves no trace, and is said before anything is compiled
   vocabulary = tokenizer.load(experiment.data.tokenizer)
   if vocabulary.vocab_size > experiment.model.vocab_size:
     raise config.ConfigError(
@@ -255,6 +273,7 @@ def train(run: Run, programs: Programs) -> bool:
   corpus = pipeline.fingerprint(experiment.data, vocabulary)
 
   # ---- state: a checkpoint's or a new one
+  checkpoints = checkpoint.Checkpointer(run.folder / 'checkpoints', experiment.train.keep_checkpoints)
   saved = checkpoints.latest_metadata()
   if saved and saved['tokenizer'] != vocabulary.fingerprint:
     raise config.ConfigError(
@@ -269,8 +288,8 @@ def train(run: Run, programs: Programs) -> bool:
   curve = saved['curve'] or {'step': [], 'tokens': [], 'heldout_loss': []}
   if primary:
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / 'config.gin').write_text(config.dump(experiment))
-    (run.folder / 'run.json').write_text(json.dumps(provenance(corpus, start), indent=1))
+    write_whole(run.folder / 'config.gin', config.dump(experiment))
+    write_whole(run.folder / 'run.json', json.dumps(provenance(corpus, start), indent=1))
 
   # ---- what a researcher sees
   peak = flops.peak_flops(mesh.devices.flat[0], experiment.model.compute_dtype) * programs.devices
@@ -285,14 +304,15 @@ def train(run: Run, programs: Programs) -> bool:
     different = config.to_flat_dict(experiment)
     varying = {path: different[path] for path in run.differs}
     writer.hparams({'arm': run.arm, 'seed': run.seed} | varying, ['heldout/loss', 'heldout/bits_per_byte', 'loss'])
-  interval, last = [], {}
+  # Losses since the last scalars and what the result will need: both go into a checkpoint and come back from it.
+  interval, last = saved.get('interval', []), saved.get('last', {})
 
   def record(step, values):
     """Scalars of a finished step, which came one step late."""
-    load_LE = np.concatenate([np.atleast_2d(load) for load in jax.tree.leaves(values.pop('load'))] or [np.ones((1, 1))])
+    load_LE = loads_by_layer(values.pop('load'), experiment.model.pattern)
     checkpoint.check_finite(step, values)
     throughput.tick(step)
-    interval.append(values['loss'])
+    interval.append(float(values['loss']))
     moving = throughput.moving()
     progress.update(step, float(values['loss']), moving.get('tokens_per_second'))
     last.update(values, load=load_LE)
@@ -324,12 +344,13 @@ def train(run: Run, programs: Programs) -> bool:
     progress.update(step, float(last['loss']), throughput.moving().get('tokens_per_second'), heldout_loss=loss)
 
   def save(step):
+    told = {'tokenizer': vocabulary.fingerprint, 'curve': curve, 'last': scalars(last), 'interval': interval}
     with throughput.paused():
-      checkpoints.save(step, state, iterator, {'tokenizer': vocabulary.fingerprint, 'curve': curve, 'last': scalars(last)})
+      checkpoints.save(step, state, iterator, told)
 
   # ---- the loop
-  last.update(saved.get('last', {}))
-  with distributed.Preemption() as preemption:
+  step = start
+  with contextlib.closing(progress), contextlib.closing(checkpoints):  # a save on its way arrives, whatever happens
     for step in range(start + 1, steps + 1):
       state, values = programs.train_step(state, put(next(iterator)))
       if (late := late_metrics.push(step, values)) is not None:
@@ -341,16 +362,14 @@ def train(run: Run, programs: Programs) -> bool:
       if step % experiment.train.checkpoint_every == 0 or step == steps or stopping:
         catch_up()
         save(step)
-      if stopping and step < steps:
-        checkpoints.close()
-        progress.close()
-        if writer:
-          writer.close()
-        say(f'stopped by {preemption.signal_name or "another process"} at step {step} of {steps}, saved; '
-            'the same command continues')
-        return False
-  checkpoints.close()
-  progress.close()
+      if stopping:
+        break
+  if step < steps:
+    if writer:
+      writer.close()
+    say(f'stopped by {preemption.signal_name or "another process"} at step {step} of {steps}, saved; '
+        'the same command continues')
+    return False
 
   # ---- the result
   if writer:
@@ -371,16 +390,39 @@ def train(run: Run, programs: Programs) -> bool:
         **provenance(corpus, start),
     }
     writer.finish()
-    partial = run.folder / 'result.json.partial'
-    partial.write_text(json.dumps(result, indent=1))
-    os.replace(partial, run.folder / 'result.json')
+    write_whole(run.folder / 'result.json', json.dumps(result, indent=1))
   distributed.barrier(f'{run.arm}/{run.seed}')
   return True
+
+
+def loads_by_layer(load, pattern):
+  """Expert loads of the MoE layers [L, E] from first to last, MTP modules behind them; [1, 1] if there are none.
+
+  load: as in the metrics of a step, {'segment_0': {'layer_1': {'ffn': {'bias': [repeats, E]}}}, 'mtp_0': ...}.
+  """
+  import jax
+  import numpy as np
+
+  layers = []
+  for number, segment in enumerate(config.parse_pattern(pattern)):
+    unit = load.get(f'segment_{number}', {})
+    names = [name for index in range(len(segment.unit)) if (name := f'layer_{index}') in unit]
+    layers += [unit[name]['ffn']['bias'][repeat] for repeat in range(segment.repeats) for name in names]
+  modules = sorted((name for name in load if name.startswith('mtp_')), key=lambda name: (len(name), name))
+  layers += [np.ravel(leaf) for name in modules for leaf in jax.tree.leaves(load[name])]
+  return np.stack(layers) if layers else np.ones((1, 1))
 
 
 def scalars(last):
   """`last` as JSON."""
   return {name: value.tolist() if hasattr(value, 'tolist') else value for name, value in last.items()}
+
+
+def write_whole(path, text):
+  """A reader, or whoever comes after a crash, finds the whole text or the file before it."""
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(text)
+  os.replace(partial, path)
 
 
 def provenance(corpus, start):
@@ -389,15 +431,18 @@ def provenance(corpus, start):
 
   device = jax.devices()[0]
   names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
-  git = subprocess.run(
-      ['git', 'describe', '--always', '--dirty'], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True
-  )
+  describe = ['git', 'describe', '--always', '--dirty']
+  revision = ''
+  with contextlib.suppress(OSError):  # no git here
+    folder = pathlib.Path(__file__).parent
+    revision = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout.strip()
   return {
-      'device': f'{jax.device_count()} x {device.device_kind}' + (f' ({os.cpu_count()} cores)' if device.platform == 'cpu' else ''),
+      'device': f'{jax.device_count()} x {device.device_kind}'
+      + (f' ({os.cpu_count()} cores)' if device.platform == 'cpu' else ''),
       'versions': {'python': sys.version.split()[0]} | {name: metadata.version(name) for name in names},
-      'git': git.stdout.strip(), 'corpus': corpus, 'started_at_step': start, 'date': time.strftime('%Y-%m-%d'),
+      'git': revision, 'corpus': corpus, 'started_at_step': start, 'date': time.strftime('%Y-%m-%d'),
   }
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)
