@@ -142,8 +142,7 @@ class Preemption:
 
   def __exit__(self, *_) -> None:
     for number, handler in self._previous.items():
-      # None is a handler that Python did not install (jax.distributed has one for SIGTERM) and cannot put back.
-      signal.signal(number, signal.SIG_DFL if handler is None else handler)
+      signal.signal(number, handler)
 
   def _handle(self, number: int, _: FrameType | None) -> None:
     self._interrupts += number == signal.SIGINT

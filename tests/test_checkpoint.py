@@ -1,9 +1,7 @@
 """What a checkpoint promises: exact, never half believed, never lost to the save after it."""
 
 import contextlib
-import errno
 import hashlib
-import json
 import os
 import resource
 import shutil
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmx.checkpoint import Checkpointer, CheckpointError, NonFiniteError, check_finite
 
@@ -229,6 +227,7 @@ def test_damage_to_any_file_is_noticed_and_the_previous_checkpoint_is_used(two_c
       (line,) = warnings(caplog)
       assert str(directory / '00000002') in line and '\n' not in line
       assert name.startswith('seal') or name in line  # a seal that still reads accuses another file
+      assert damage != 'cut' or 'bytes of' in line or 'not readable' in line
   assert_same_bits(reader.restore(abstract(make_state(1)), None)[1], make_state(1))
 
 
@@ -241,6 +240,18 @@ def test_a_damaged_checkpoint_goes_when_a_good_one_has_taken_its_place(two_check
   checkpointer.close()
   assert sorted(os.listdir(directory)) == ['00000002.1']
   assert_same_bits(Checkpointer(directory, keep=1).restore(abstract(make_state(2)), None)[1], make_state(22))
+
+
+@pytest.mark.parametrize('damaged', ['00000002', '00000005'])
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(two_checkpoints, tmp_path, caplog, damaged):
+  directory = shutil.copytree(two_checkpoints, tmp_path / 'run')
+  os.rename(directory / '00000002', directory / damaged)
+  flip(directory / damaged / 'metadata.json')
+  checkpointer = Checkpointer(directory, keep=2)
+  assert checkpointer.latest_valid() == 1
+  checkpointer.save(3, make_state(3), None, METADATA)
+  checkpointer.close()
+  assert sorted(os.listdir(directory)) == ['00000001', '00000003']
 
 
 def test_an_unfinished_checkpoint_is_never_chosen_and_the_next_run_clears_it(two_checkpoints, tmp_path, caplog):
