@@ -82,8 +82,13 @@ def combine(y_RD, slot_Nk, weights_Nk):
 # loop
 
 
-def _contract(a, b, axis_a, axis_b):
-  return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())))
+def _rows_times_transposed(a, b):
+  return lax.dot_general(a, b, (((1,), (1,)), ((), ())))
+
+
+def _transposed_times_rows(a, b):
+  # The barrier keeps XLA from folding the transpose back: its CPU product is a tenth faster on plain operands.
+  return lax.optimization_barrier(a.T) @ b
 
 
 def _take(array, index):
@@ -145,15 +150,15 @@ def _loop_backward(residuals, dout_ND):
     sigmoid_bF = jax.nn.sigmoid(gate_bF)
     silu_bF = gate_bF * sigmoid_bF
     act_bF = silu_bF * up_bF
-    back_bF = _contract(dout_bD, _take(w_down_EFD, expert), 1, 1)  # d out / d act, before the router's weight
+    back_bF = _rows_times_transposed(dout_bD, _take(w_down_EFD, expert))  # d out / d act, before the router's weight
     dact_bF = back_bF * weight_b1
     dh_b2F = jnp.concatenate([dact_bF * up_bF * (sigmoid_bF + silu_bF * (1 - sigmoid_bF)), dact_bF * silu_bF], axis=1)
-    dx = _put(dx, _contract(dh_b2F, _take(w_gate_up, expert), 1, 1), row)
+    dx = _put(dx, _rows_times_transposed(dh_b2F, _take(w_gate_up, expert)), row)
     # <dout, y> = <dout W_down^T, act>: the router's gradient without keeping y.
     dweight = _put(dweight, jnp.sum((act_bF * back_bF).astype(jnp.float32), axis=1), row)
     add = lambda total, part: lax.dynamic_update_index_in_dim(total, _take(total, expert) + part, expert, 0)
-    dw_gate_up = add(dw_gate_up, _contract(x_bD, dh_b2F, 0, 0).astype(jnp.float32))
-    dw_down = add(dw_down, _contract(act_bF * weight_b1, dout_bD, 0, 0).astype(jnp.float32))
+    dw_gate_up = add(dw_gate_up, _transposed_times_rows(x_bD, dh_b2F).astype(jnp.float32))
+    dw_down = add(dw_down, _transposed_times_rows(act_bF * weight_b1, dout_bD).astype(jnp.float32))
     return dx, dweight, dw_gate_up, dw_down
 
   start = (
