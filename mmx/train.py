@@ -92,6 +92,8 @@ def run_experiment():
   ]
   for run in runs:
     config.validate(run.experiment, jax.device_count(), jax.process_count())
+    if '[' in str(run.folder.absolute()):  # Orbax would save, but not find the arrays again
+      raise config.ConfigError(f'{run.folder.absolute()}: no [ in the path of a run, please; Orbax reads it as a pattern')
   flops.assert_comparable({name: arm.model for name, arm in arms.items()})
   say(f'{experiment_file.name} at scale {SCALE.value}: {len(arms)} arm(s) x {len(seeds)} seed(s) -> {workdir}')
   for name, arm in arms.items():

@@ -358,7 +358,7 @@ def one_run(train, here, compiled, place, request, monkeypatch):
   def run(change=None, *arguments):
     step = (lambda state, batch: change(programs.train_step, state, batch)) if change else programs.train_step
     monkeypatch.setattr(train, 'Programs', lambda experiment: Changed(programs, step))
-    workdir = request.node.name
+    workdir = request.node.name.replace('[', '_').rstrip(']')
     return here(f'--workdir={workdir}', '--arm=coarse', '--seeds=0', *arguments), place / workdir / 'coarse/seed0'
 
   return run
@@ -520,6 +520,7 @@ REFUSED = {
     'short schedule': (settings(train__steps=5), 'optim.warmup_steps = 2 + optim.decay_steps = 4: longer than'),
     'seeds': (['--seeds=0,one'], '--seeds: expected whole numbers, found 0,one'),
     'negative seed': (['--seeds=-1'], 'data.seed = -1: must not be negative'),
+    'pattern as folder': (['--workdir=lr[1]'], 'lr[1]/coarse/seed0: no [ in the path of a run'),
     'unknown flag': (['--step=5'], "Unknown command line flag 'step'"),
     'flag of another type': (['--resume=perhaps'], 'flag --resume=perhaps'),
     'stray word': (['coarse'], "unexpected argument 'coarse'; every option starts with --"),
