@@ -42,6 +42,7 @@ def parse_flags(argv):
 
 
 def main(argv):
+  """Everything that a person can mend ends in one line, `error: ...`, and exit code 1."""
   if len(argv) > 1:
     stop(f'unexpected argument {argv[1]!r}; every option starts with --')
   if not flags.FLAGS['verbosity'].present:
@@ -65,6 +66,7 @@ def stop(error):
 
 
 def run_experiment():
+  """What the flags ask for: seed by seed, each arm that has not finished, then the comparison of all that have."""
   experiment_file = config.load_experiment(CONFIG.value, SCALE.value)
   arms = {name: config.select_arm(experiment_file, name) for name in ARM.value or experiment_file.arms}
   for assignment in SET.value:
@@ -92,8 +94,8 @@ def run_experiment():
   ]
   for run in runs:
     config.validate(run.experiment, jax.device_count(), jax.process_count())
-    if '[' in str(run.folder.absolute()):  # Orbax would save, but not find the arrays again
-      raise config.ConfigError(f'{run.folder.absolute()}: no [ in the path of a run, please; Orbax reads it as a pattern')
+    if '[' in (path := str(run.folder.absolute())):  # Orbax would save, but not find the arrays again
+      raise config.ConfigError(f'{path}: a run cannot have [ in its path, which Orbax reads as a pattern')
   flops.assert_comparable({name: arm.model for name, arm in arms.items()})
   say(f'{experiment_file.name} at scale {SCALE.value}: {len(arms)} arm(s) x {len(seeds)} seed(s) -> {workdir}')
   for name, arm in arms.items():
