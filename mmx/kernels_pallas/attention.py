@@ -44,6 +44,13 @@ def _batched(a, b, axis_a, axis_b):
   return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
+def _keys_from_rows(x_BKRDh, weights_BKRS):
+  """weights^T x, [B, K, S, Dh], by way of its transpose: XLA's CPU product contracts the first axis of a matrix ten
+  times slower than the last, and x is the small one to turn. The barriers keep it from being turned back."""
+  x_BKDhR = jax.lax.optimization_barrier(jnp.swapaxes(x_BKRDh, 2, 3))
+  return jnp.swapaxes(jax.lax.optimization_barrier(_batched(x_BKDhR, weights_BKRS, 3, 2)), 2, 3)
+
+
 def _scores(q_BKRDh, k_BKSDh, segment_ids_BT, start, end):
   """Masked scores [B, K, G, c, S] of queries start..end (R = G*c rows: the heads of a group share keys)."""
   B, K, R, _ = q_BKRDh.shape
@@ -92,8 +99,8 @@ def _chunked_backward(residuals, dout_BTHDh):
     dscores = (weights * (dweights - delta_BKGT[:, :, :, start:end, None])).astype(dtype).reshape(B, K, -1, end)
     weights = weights.astype(dtype).reshape(B, K, -1, end)
     dq.append(_batched(dscores, k_BKSDh, 3, 2).reshape(B, K, G, -1, Dh))
-    dk_BKTDh = dk_BKTDh.at[:, :, :end].add(_batched(dscores, q_BKRDh, 2, 2))
-    dv_BKTDh = dv_BKTDh.at[:, :, :end].add(_batched(weights, dout_BKRDh, 2, 2))
+    dk_BKTDh = dk_BKTDh.at[:, :, :end].add(_keys_from_rows(q_BKRDh, dscores))
+    dv_BKTDh = dv_BKTDh.at[:, :, :end].add(_keys_from_rows(dout_BKRDh, weights))
   dq_BKGTDh = jnp.concatenate(dq, axis=3) * Dh**-0.5
   dq_BTHDh = dq_BKGTDh.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, Dh)
   return dq_BTHDh.astype(dtype), *(a.transpose(0, 2, 1, 3).astype(dtype) for a in (dk_BKTDh, dv_BKTDh)), None

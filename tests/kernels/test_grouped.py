@@ -90,7 +90,7 @@ def test_no_assignment_here_is_exactly_zero():
     np.testing.assert_array_equal(y, 0)
 
 
-def test_work_of_the_loop_follows_the_true_loads():
+def test_work_of_the_blocks_follows_the_true_loads():
   sizes = jnp.array([0, 1, 300, 128, 0], jnp.int32)
   assert int(grouped.schedule(sizes, 4096, 128).count) == 0 + 1 + 3 + 1 + 0
   blocks = grouped.schedule(sizes, 4096, 128)
