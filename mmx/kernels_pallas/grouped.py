@@ -8,7 +8,7 @@ Assignments (token, expert) are sorted by expert into R = N*k rows; `group_sizes
 E means 'not here': its rows sort last, behind every group, cost nothing and add zero. Dispatch and combine are gathers
 in both directions (the inverse permutation is at hand), since a scatter-add of rows is slow on CPU and TPU.
 
-  loop      CPU. Loops over experts and blocks of 128 of their rows, with trip counts known at run time: work follows
+  loop      CPU. Loops over experts and blocks of their rows, with trip counts known at run time: work follows
             the true loads and weights are read once. `lax.ragged_dot` multiplies every row by every expert on CPU (32
             times the work at E=32); a batched product over blocks copies [blocks, D, 2F] of weights.
   blocks    GPU. Groups padded to blocks of 256 rows, one batched product with gathered weights.
@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LOOP_BLOCK = 128  # rows: 64 pays more per-iteration overhead, 256 wastes more of each group's last block
-BATCH_BLOCK = 256
+BATCH_BLOCK = 256  # rows
 
 
 class Sorted(NamedTuple):
@@ -106,19 +105,24 @@ def experts_loop(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
   return _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD)[0]
 
 
-def _over_blocks(group_sizes_E, expert_body, start):
+def _loop_block(rows, num_experts):
+  """Rows per block: long for the rate of the products, no longer than the mean group for the sake of padding."""
+  return next((block for block in (256, 128) if rows >= block * num_experts), 64)
+
+
+def _over_blocks(group_sizes_E, block, expert_body, start):
   """Carries `start` through the experts in order: expert_body(expert, blocks, carry), where blocks(step, carry) runs
   step(row, inside_b, carry) on each block of the expert's rows; inside_b is false on rows that hang over the group."""
   first_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-  count_E = -(-group_sizes_E // LOOP_BLOCK)
+  count_E = -(-group_sizes_E // block)
 
   def one_expert(expert, carry):
     first, size = first_E[expert], group_sizes_E[expert]
 
     def blocks(step, inner):
       def one_block(i, inner):
-        offset = i * LOOP_BLOCK
-        return step(first + offset, offset + jnp.arange(LOOP_BLOCK, dtype=jnp.int32) < size, inner)
+        offset = i * block
+        return step(first + offset, offset + jnp.arange(block, dtype=jnp.int32) < size, inner)
 
       return lax.fori_loop(0, count_E[expert], one_block, inner)
 
@@ -131,19 +135,20 @@ def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
   E, F, D = w_down_EFD.shape
   rows = sort_by_expert(ids_Nk, E)
   weights_Nk = jnp.where(ids_Nk < E, weights_Nk, 0)
-  token = jnp.pad(rows.token_R, (0, LOOP_BLOCK))
+  b = _loop_block(ids_Nk.size, E)
+  token = jnp.pad(rows.token_R, (0, b))
 
   def expert_body(expert, blocks, y):
     w_gate_up, w_down = _take(w_gate_up_ED2F, expert).reshape(D, 2 * F), _take(w_down_EFD, expert)
 
     def step(row, inside_b, y):
-      h_b2F = x_ND[lax.dynamic_slice_in_dim(token, row, LOOP_BLOCK)] @ w_gate_up
+      h_b2F = x_ND[lax.dynamic_slice_in_dim(token, row, b)] @ w_gate_up
       # Rows past the group's end are garbage until the next group, which comes later, writes them.
       return _put(y, (jax.nn.silu(h_b2F[:, :F]) * h_b2F[:, F:]) @ w_down, row)
 
     return blocks(step, y)
 
-  y_RD = _over_blocks(rows.group_sizes_E, expert_body, jnp.zeros((ids_Nk.size + LOOP_BLOCK, D), x_ND.dtype))
+  y_RD = _over_blocks(rows.group_sizes_E, b, expert_body, jnp.zeros((ids_Nk.size + b, D), x_ND.dtype))
   return combine(y_RD, rows.slot_Nk, weights_Nk), (x_ND, weights_Nk, rows, w_gate_up_ED2F, w_down_EFD)
 
 
@@ -151,8 +156,9 @@ def _loop_backward(residuals, dout_ND):
   x_ND, weights_Nk, rows, w_gate_up_ED2F, w_down_EFD = residuals
   E, F, D = w_down_EFD.shape
   R = rows.token_R.shape[0]
-  token = jnp.pad(rows.token_R, (0, LOOP_BLOCK))
-  weight = jnp.pad(weights_Nk.reshape(-1)[rows.source_R], (0, LOOP_BLOCK)).astype(x_ND.dtype)
+  b = _loop_block(R, E)
+  token = jnp.pad(rows.token_R, (0, b))
+  weight = jnp.pad(weights_Nk.reshape(-1)[rows.source_R], (0, b)).astype(x_ND.dtype)
 
   def expert_body(expert, blocks, carry):
     dx, dweight, dw_gate_up_ED2F, dw_down_EFD = carry
@@ -160,7 +166,7 @@ def _loop_backward(residuals, dout_ND):
 
     def step(row, inside_b, carry):
       dx, dweight, dw_gate_up, dw_down = carry
-      rows_of = lambda array: lax.dynamic_slice_in_dim(array, row, LOOP_BLOCK)
+      rows_of = lambda array: lax.dynamic_slice_in_dim(array, row, b)
       token_b = rows_of(token)
       x_bD, dout_bD = x_ND[token_b], dout_ND[token_b]
       weight_b1 = jnp.where(inside_b, rows_of(weight), 0)[:, None]
@@ -186,12 +192,12 @@ def _loop_backward(residuals, dout_ND):
     return dx, dweight, store(dw_gate_up_ED2F, dw_gate_up.reshape(D, 2, F)), store(dw_down_EFD, dw_down)
 
   start = (
-      jnp.zeros((R + LOOP_BLOCK, D), x_ND.dtype),
-      jnp.zeros(R + LOOP_BLOCK, jnp.float32),
+      jnp.zeros((R + b, D), x_ND.dtype),
+      jnp.zeros(R + b, jnp.float32),
       jnp.zeros_like(w_gate_up_ED2F),
       jnp.zeros_like(w_down_EFD),
   )
-  dx_RD, dweight_R, dw_gate_up, dw_down = _over_blocks(rows.group_sizes_E, expert_body, start)
+  dx_RD, dweight_R, dw_gate_up, dw_down = _over_blocks(rows.group_sizes_E, b, expert_body, start)
   here_Nk = rows.slot_Nk < jnp.sum(rows.group_sizes_E)
   dweights_Nk = jnp.where(here_Nk, dweight_R[rows.slot_Nk], 0).astype(weights_Nk.dtype)
   return combine(dx_RD, rows.slot_Nk, here_Nk), None, dweights_Nk, dw_gate_up, dw_down
