@@ -25,7 +25,7 @@ from absl import app, flags, logging
 
 from mmx import config
 
-CONFIG = flags.DEFINE_string('config', None, 'Experiment: a .py file with get_config, or a .gin file.', required=True)
+CONFIG = flags.DEFINE_string('config', None, 'Experiment: a .py file with get_config, or a .gin file.')
 ARM = flags.DEFINE_list('arm', None, 'Arms to run, by name; all if left out.')
 SCALE = flags.DEFINE_string('scale', 'cpu', 'Size of the experiment: cpu, h200, ... as its file allows.')
 SEEDS = flags.DEFINE_list('seeds', None, 'Seeds to run; those of the experiment file if left out.')
@@ -46,6 +46,8 @@ def main(argv):
   """Everything that a person can mend ends in one line, `error: ...`, and exit code 1."""
   if len(argv) > 1:
     stop(f'unexpected argument {argv[1]!r}; every option starts with --')
+  if CONFIG.value is None:
+    stop('--config is missing; name an experiment, such as --config=experiments/moe_ablation.py')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
   try:

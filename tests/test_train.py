@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from absl import app, flags
+from absl import app
 from absl.testing import flagsaver
 
 from mmx import checkpoint, config, sharding, train_step
@@ -106,14 +106,13 @@ def whole(place):
 
 @pytest.fixture(scope='module')
 def train():
-  """mmx.train, whose flags are taken back afterwards: --config is required, and other files parse theirs."""
+  """mmx.train without its settings of the whole process, which other files share."""
   from mmx import train
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, 'cache_compilations', lambda: None)  # a setting of the process, which other files share
+    patch.setattr(train, 'cache_compilations', lambda: None)
+    patch.setattr(train, 'use_every_core', lambda: None)
     yield train
-  for flag in flags.FLAGS.get_flags_for_module(train.__name__):
-    delattr(flags.FLAGS, flag.name)
 
 
 @pytest.fixture(scope='module')
@@ -123,7 +122,7 @@ def here(train, place):
   def run(*arguments, file='question.py'):
     with contextlib.chdir(place), flagsaver.flagsaver():
       try:
-        return train.main(train.parse_flags(['train', f'--config={file}', *arguments]))
+        return train.main(train.parse_flags(['train', *([f'--config={file}'] if file else []), *arguments]))
       except SystemExit as stopped:
         assert str(stopped.code).startswith('error: ') and '\n' not in str(stopped.code)
         return str(stopped.code).removeprefix('error: ')
@@ -547,6 +546,10 @@ def test_bad_experiment_file_ends_in_one_line_and_leaves_no_trace(place, here, t
   before = tree(place)
   assert said in here(f'--workdir={tmp_path}/refused', file=tmp_path / name)
   assert tree(place) == before and not (tmp_path / 'refused').exists()
+
+
+def test_a_missing_config_is_asked_for(here):
+  assert here('--arm=coarse', file=None).startswith('--config is missing; name an experiment')
 
 
 @pytest.mark.parametrize('workdir', ['texts/00.txt', 'texts/00.txt/below', '/dev/null'])
