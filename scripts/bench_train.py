@@ -61,7 +61,7 @@ def main(argv):
 
 def load_arms() -> dict[str, Experiment]:
   experiment_file = config.load_experiment(train.CONFIG.value, train.SCALE.value)
-  overrides = dict(map(config.parse_assignment, train.SET.value)) | {'mesh.num_devices': 1}
+  overrides = dict(map(config.parse_assignment, train.SET.value))
   names = train.ARM.value or experiment_file.arms
   return {name: config.override(config.select_arm(experiment_file, name), overrides) for name in names}
 
@@ -220,6 +220,7 @@ class Ours:
   """The production step."""
 
   def __init__(self, experiment):
+    train.use_every_core()
     import jax
 
     from mmx import distributed, sharding, train_step
