@@ -20,7 +20,7 @@ def cross_entropy(hidden_BTD, head_DV, targets_BT, mask_BT, chunk=0):
     return _chunk_sums(hidden_BTD, head, targets_BT, mask_BT)
 
   def split(array):
-    """[B, T, ...] -> [chunks, B, columns, ...]: every chunk takes columns of all rows, so it stays spread over shards."""
+    """[B, T, ...] -> [chunks, B, columns, ...]: a chunk takes columns of all rows, so it stays spread over shards."""
     padded = jnp.pad(array, ((0, 0), (0, -T % columns)) + ((0, 0),) * (array.ndim - 2))
     return jnp.moveaxis(padded.reshape(B, -1, columns, *array.shape[2:]), 1, 0)
 

@@ -28,7 +28,7 @@ def schedule(optim: OptimConfig, steps: int):
 
 
 def mtp_weight(mtp: MTPConfig, optim: OptimConfig, steps: int):
-  """MTP loss weight by step: constant, then linear to `final_weight` while the learning rate decays (M2: 0.3 to 0.1)."""
+  """MTP loss weight by step: constant, then linear to `final_weight` while the rate decays (M2: 0.3 to 0.1)."""
   decay = optim.decay_steps if optim.schedule == 'wsd' else 0
   if not decay:
     return optax.constant_schedule(mtp.weight)

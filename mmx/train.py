@@ -54,8 +54,8 @@ def main(argv):
     run_experiment()
   except (config.ConfigError, OSError) as error:
     stop(error)
-  except RuntimeError as error:
-    if type(error).__module__.startswith('mmx.'):  # CheckpointError, NonFiniteError, ReportError: one line says it all
+  except (RuntimeError, ValueError) as error:
+    if type(error).__module__.startswith('mmx.'):  # CheckpointError, UnsupportedError, ...: one line says it all
       stop(error)
     raise
 
@@ -159,7 +159,8 @@ def use_every_core():
   import jax
 
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '') and jax.config.jax_num_cpu_devices < 1:
+  chosen = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+  if not chosen and jax.config.jax_num_cpu_devices < 1:
     jax.config.update('jax_num_cpu_devices', min(8, 1 << cores.bit_length() - 1))  # a power of two divides experts
 
 
@@ -259,6 +260,12 @@ class Programs:
     return train_step.abstract_state(self.experiment, self.mesh)
 
   @functools.cached_property
+  def init(self):
+    from mmx import train_step
+
+    return train_step.make_init(self.experiment, self.mesh)
+
+  @functools.cached_property
   def train_step(self):
     return self._lowered.compile()
 
@@ -277,7 +284,7 @@ def train(run: Run, programs: Programs, preemption) -> bool:
   import jax
   import numpy as np
 
-  from mmx import checkpoint, distributed, flops, metrics, sharding, train_step
+  from mmx import checkpoint, distributed, flops, metrics, sharding
   from mmx.data import pipeline, tokenizer
 
   began = time.time()
@@ -311,7 +318,7 @@ def train(run: Run, programs: Programs, preemption) -> bool:
   if restored:
     start, state, saved = restored
   else:
-    start, state, saved = 0, train_step.init_state(experiment, mesh), {'curve': {}}
+    start, state, saved = 0, programs.init(np.int32(run.seed)), {'curve': {}}
   curve = saved['curve'] or {'step': [], 'tokens': [], 'heldout_loss': []}
   if primary:
     run.folder.mkdir(parents=True, exist_ok=True)

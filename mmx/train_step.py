@@ -28,21 +28,26 @@ class TrainState:
 
 def abstract_state(experiment: Experiment, mesh: Mesh):
   """TrainState of ShapeDtypeStructs with shardings: what `init_state` returns and what a checkpoint restores into."""
-  boxed = jax.eval_shape(lambda: _init(experiment))
+  boxed = jax.eval_shape(lambda: _init(experiment, 0))
   placed = sharding.tree_shardings(boxed, mesh)
   return jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.unbox(boxed), placed
   )
 
 
-def init_state(experiment: Experiment, mesh: Mesh) -> TrainState:
-  """Initial state, made directly in its placement; depends on train.seed alone, not on the mesh."""
+def make_init(experiment: Experiment, mesh: Mesh) -> Callable:
+  """init(seed: int32) -> TrainState, compiled once for all seeds; made in its placement and the same on every mesh."""
   placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment, mesh))
-  return jax.jit(lambda: nn.unbox(_init(experiment)), out_shardings=placed)()
+  return jax.jit(lambda seed: nn.unbox(_init(experiment, seed)), out_shardings=placed)
 
 
-def _init(experiment: Experiment) -> TrainState:
-  variables = init_variables(experiment.model, None, jax.random.key(experiment.train.seed))
+def init_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+  """The initial state of train.seed."""
+  return make_init(experiment, mesh)(jnp.int32(experiment.train.seed))
+
+
+def _init(experiment: Experiment, seed) -> TrainState:
+  variables = init_variables(experiment.model, None, jax.random.key(seed))
   transform = optimizer.build(experiment.optim, experiment.train.steps)
   # The moments are built from boxed parameters, so that they inherit the logical axes.
   opt_state = transform.init(variables['params'])
@@ -132,7 +137,9 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> Callable:
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     rate = experiment.model.moe.bias_update_rate
-    router = jax.tree.map(lambda bias, share: update_bias(bias, share, rate), state.router, load) if rate else state.router
+    router = state.router
+    if rate:
+      router = jax.tree.map(lambda bias, share: update_bias(bias, share, rate), router, load)
     if experiment.model.mtp.depth:
       metrics['mtp_weight'] = weight
     metrics['load'] = load

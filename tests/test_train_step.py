@@ -101,7 +101,8 @@ def test_balance_loss_is_one_when_even_and_in_the_loss_when_weighted():
 def test_decay_touches_matrices_only():
   mesh = sharding.build_mesh(tiny.BASE.mesh)
   params = train_step.init_state(tiny.BASE, mesh).params
-  decayed = {jax.tree_util.keystr(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(optimizer.decays(params))}
+  flags = jax.tree_util.tree_leaves_with_path(optimizer.decays(params))
+  decayed = {jax.tree_util.keystr(path): flag for path, flag in flags}
   kept = {path.rsplit("['", 1)[1].rstrip("']") for path, flag in decayed.items() if not flag}
   assert kept == {'scale', 'q_norm', 'k_norm'}
 

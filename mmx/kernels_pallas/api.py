@@ -10,6 +10,10 @@ from mmx.kernels_pallas import grouped as _grouped
 from mmx.kernels_pallas import reference
 
 
+class UnsupportedError(ValueError):
+  """A named implementation cannot serve this platform or shape; the message is one line that says why."""
+
+
 @functools.cache
 def _log_once(message):
   logging.info(message)
@@ -23,21 +27,21 @@ def _choose(what, table, implementation, platform):
       reason = reason or f'not for {platform}'
     if implementation == name:
       if reason:
-        raise ValueError(f'{what} implementation {name!r} cannot be used here: {reason}')
+        raise UnsupportedError(f'{what} implementation {name!r} cannot be used here: {reason}')
       return name
     if implementation == 'auto' and not reason:
       _log_once(f'{what}: {name} on {platform}' + ''.join(f'; {r}' for r in reasons))
       return name
     if platform in platforms and reason:
       reasons.append(f'not {name}: {reason}')
-  raise ValueError(f'{what} implementation {implementation!r} is unknown; one of {[name for name, *_ in table]}')
+  raise UnsupportedError(f'{what} implementation {implementation!r} is unknown; one of {[name for name, *_ in table]}')
 
 
 def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platform, mesh=None):
   """Causal grouped-query attention within segments; see `reference.attention`.
 
   Raises:
-    ValueError: a named implementation does not support the platform or shape.
+    UnsupportedError: a named implementation does not support the platform or shape.
   """
   T, _, Dh = q_BTHDh.shape[1:]
   everywhere = ('cpu', 'gpu', 'tpu')
@@ -52,19 +56,23 @@ def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platfor
   name = _choose('attention', table, implementation, platform)
   if name == 'splash':
     return _attention.attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh)
-  function = {'cudnn': _attention.attention_cudnn, 'chunked': _attention.attention_chunked, 'reference': reference.attention}
-  return function[name](q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
+  function = {
+      'cudnn': _attention.attention_cudnn,
+      'chunked': _attention.attention_chunked,
+      'reference': reference.attention,
+  }[name]
+  return function(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
 
 
 def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementation, platform):
   """Weighted sum of the chosen experts' SwiGLU outputs; see `reference.experts`. Runs on one shard's rows.
 
   Raises:
-    ValueError: a named implementation does not support the platform.
+    UnsupportedError: a named implementation does not support the platform.
   """
   everywhere = ('cpu', 'gpu', 'tpu')
   D, _, F = w_gate_up_ED2F.shape[1:]
-  lanes = '' if D % 128 == 0 and F % 128 == 0 else f'needs d_model and expert width in multiples of 128, got {D} and {F}'
+  lanes = '' if D % 128 == 0 and F % 128 == 0 else f'needs d_model and d_ff in multiples of 128, got {D} and {F}'
   table = [
       ('megablox', ('tpu',), lanes),
       ('loop', ('cpu',), ''),

@@ -15,7 +15,8 @@ class Embedding(nn.Module):
 
   def setup(self):
     V, D = self.vocab_size, self.d_model
-    self.table = param(self, 'table', (V, D), ('vocab', 'embed'), nn.initializers.normal(stddev=0.02 if self.tie else 1.0))
+    spread = nn.initializers.normal(stddev=0.02 if self.tie else 1.0)
+    self.table = param(self, 'table', (V, D), ('vocab', 'embed'), spread)
     if not self.tie:
       self.head = param(self, 'head', (D, V), ('embed', 'vocab'), fan_in_normal(D, 0.5))
 

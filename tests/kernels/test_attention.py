@@ -34,7 +34,9 @@ def test_oracle_equals_slow_loop():
   np.testing.assert_allclose(reference.attention(*args), slow_attention(*map(np.asarray, args)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('B, T, H, K, Dh', [(2, 300, 4, 2, 16), (1, 128, 3, 3, 32), (2, 5, 8, 1, 8), (1, 1100, 2, 1, 8)])
+@pytest.mark.parametrize(
+    'B, T, H, K, Dh', [(2, 300, 4, 2, 16), (1, 128, 3, 3, 32), (2, 5, 8, 1, 8), (1, 1100, 2, 1, 8), (1, 2100, 1, 1, 4)]
+)
 def test_chunked_equals_oracle_in_values_and_gradients(B, T, H, K, Dh):
   q, k, v, segments = inputs(B, T, H, K, Dh)
   target = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)

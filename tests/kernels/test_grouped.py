@@ -29,7 +29,7 @@ def slow_experts(x, ids, weights, w_gate_up, w_down):
 
 
 def inputs(loads, N, k, E, D=128, F=128, seed=0, dtype=jnp.float32):
-  """Routes by `loads`: 'uneven', 'hot' (one expert gets every token), 'empty' (half the experts unused), 'elsewhere'."""
+  """Routes by `loads`: 'uneven', 'hot' (one expert gets every token), 'empty' (half are unused), 'elsewhere'."""
   rng = np.random.default_rng(seed)
   scores = rng.normal(size=(N, E)) + np.linspace(0, 2, E)
   if loads == 'hot':
@@ -51,7 +51,9 @@ def test_oracle_equals_slow_loop(loads):
 
 
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('loads, N, k, E', [('uneven', 333, 2, 5), ('hot', 150, 1, 4), ('empty', 130, 3, 8), ('elsewhere', 201, 4, 6)])
+@pytest.mark.parametrize(
+    'loads, N, k, E', [('uneven', 333, 2, 5), ('hot', 150, 1, 4), ('empty', 130, 3, 8), ('elsewhere', 201, 4, 6)]
+)
 def test_form_equals_oracle_in_values_and_gradients(form, loads, N, k, E):
   x, ids, weights, w_gate_up, w_down = inputs(loads, N, k, E)
   target = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
@@ -77,7 +79,8 @@ def test_form_works_in_bfloat16(form):
   x, ids, weights, w_gate_up, w_down = inputs('uneven', 200, 2, 4, dtype=jnp.bfloat16)
   y = FORMS[form](x, ids, weights, w_gate_up, w_down)
   assert y.dtype == jnp.bfloat16
-  exact = reference.experts(*(a.astype(jnp.float32) for a in (x,)), ids, weights, *(w.astype(jnp.float32) for w in (w_gate_up, w_down)))
+  x32, w_gate_up32, w_down32 = (a.astype(jnp.float32) for a in (x, w_gate_up, w_down))
+  exact = reference.experts(x32, ids, weights, w_gate_up32, w_down32)
   assert float(jnp.abs(y - exact).max() / jnp.abs(exact).max()) < 0.02
   gradient = jax.grad(lambda w: jnp.sum(FORMS[form](x, ids, weights, w, w_down).astype(jnp.float32)))(w_gate_up)
   assert gradient.dtype == jnp.bfloat16 and bool(jnp.isfinite(gradient.astype(jnp.float32)).all())
