@@ -151,8 +151,7 @@ def use_every_core():
   It also allocates a step's temporaries anew each time, and glibc returns them to the system: 68,000 page faults, 0.1 s
   a step, without the second half. Does nothing where XLA_FLAGS or JAX_NUM_CPU_DEVICES speak of devices already.
   """
-  libc = ctypes.CDLL(None)
-  if sys.platform == 'linux' and hasattr(libc, 'mallopt'):
+  if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
     ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD, TOP_PAD = -8, -4, -1, -2  # malloc.h
     for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 2**24)):
       libc.mallopt(parameter, value)

@@ -20,7 +20,7 @@ def attention_chunked(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT):
   """Each chunk of queries against its causal prefix only: T^2/2 work; keeps the output and one logsumexp a query.
 
   The backward pass makes the probabilities again from the logsumexp (FlashAttention, arXiv:2205.14135): two passes over
-  the scores where differentiating a softmax takes five, and no [T, T] array is kept. 0.5 times the CPU time of plain
+  the scores where differentiating a softmax takes five, and no [T, T] array is kept. 0.5 times the time on CPU of plain
   attention at T=256 with its gradient.
   """
   return _chunked_forward(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)[0]
@@ -45,8 +45,8 @@ def _batched(a, b, axis_a, axis_b):
 
 
 def _keys_from_rows(x_BKRDh, weights_BKRS):
-  """weights^T x, [B, K, S, Dh], by way of its transpose: XLA's CPU product contracts the first axis of a matrix ten
-  times slower than the last, and x is the small one to turn. The barriers keep it from being turned back."""
+  """weights^T x, [B, K, S, Dh], by way of its transpose: XLA's CPU product contracts the first axis of a matrix
+  several times slower than the last, and x is the small one to turn. The barriers keep it from being turned back."""
   x_BKDhR = jax.lax.optimization_barrier(jnp.swapaxes(x_BKRDh, 2, 3))
   return jnp.swapaxes(jax.lax.optimization_barrier(_batched(x_BKDhR, weights_BKRS, 3, 2)), 2, 3)
 
