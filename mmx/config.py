@@ -1,14 +1,12 @@
-"""The one schema: frozen dataclasses under `Experiment`; files and flags only fill them in.
+"""From files and flags to an `Experiment` (mmx/schema.py), checked: overrides, validation, gin files, experiment files.
 
 Order of precedence: dataclass defaults, included files, the file, the experiment, the arm, `--set`.
-A default stands here and nowhere else. Letters: D d_model, H heads, K kv heads, Dh head dim, E experts, F their hidden.
 """
 
 import ast
 import contextlib
 import dataclasses
 import difflib
-import functools
 import inspect
 import math
 import operator
@@ -17,153 +15,32 @@ import pathlib
 import re
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-
-@dataclass(frozen=True)
-class AttentionConfig:
-  """Grouped-query attention (M2 report, section 2.1)."""
-
-  num_heads: int = 4  # H, query heads
-  num_kv_heads: int = 2  # K, each shared by H/K query heads
-  head_dim: int = 32  # Dh
-  rotary_dim: int = 16  # the first rotary_dim of Dh rotate (partial RoPE)
-  rope_theta: float = 10_000.0
-  qk_norm: Literal['none', 'full_width', 'per_head'] = 'full_width'  # M2: one RMSNorm over all heads; M3: one for each
-  implementation: Literal['auto', 'reference', 'chunked', 'cudnn', 'splash'] = 'auto'
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-  """Sparse feed-forward layer: gate, experts, balance, and how tokens travel between expert shards."""
-
-  num_experts: int = 32  # E
-  top_k: int = 2  # experts per token
-  d_ff: int = 256  # F, hidden width of one expert
-  gate: Literal['sigmoid', 'softmax'] = 'sigmoid'
-  routed_scaling: float = 1.0  # factor on the routed sum (M3: 2.0)
-  shared_d_ff: int = 0  # hidden width of the always-on shared expert; 0 is none
-  bias_update_rate: float = 1e-3  # step of the selection-only expert bias (aux-loss-free balancing); 0 freezes it
-  balance_loss_weight: float = 0.0  # coefficient of the Switch-style balance loss
-  capacity_factor: float = 0.0  # 0 is dropless; otherwise each expert keeps ceil(factor * tokens * top_k / E) per shard
-  transport: Literal['ring', 'ragged', 'padded'] = 'ring'  # used when mesh.expert > 1
-  implementation: Literal['auto', 'reference', 'loop', 'blocks', 'megablox'] = 'auto'  # grouped product over experts
-
-
-@dataclass(frozen=True)
-class MTPConfig:
-  """Multi-token prediction: `depth` sequential modules, each predicting one token further (M2 report, section 2.3)."""
-
-  depth: int = 0  # modules; 0 is off
-  weight: float = 0.3  # loss weight until the learning-rate decay begins
-  final_weight: float = 0.1  # reached linearly at the end of the decay
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-  """A decoder: `pattern` names each layer's mixer and, after a slash, its feed-forward ('moe' if left out).
-
-  Grammar: items separated by blanks; `item*n` repeats; parentheses group. Each top-level item is one scanned segment:
-  'full*62', '(lightning*7 full)*10', 'full/dense*3 full*57'.
-  """
-
-  vocab_size: int = 264  # rows of the embedding; at least the tokenizer's vocabulary
-  d_model: int = 128  # D
-  pattern: str = 'full*2'
-  d_ff: int = 512  # hidden width of dense feed-forward layers
-  norm_eps: float = 1e-6
-  tie_embeddings: bool = False
-  compute_dtype: Literal['float32', 'bfloat16'] = 'float32'  # parameters are float32 always
-  remat: Literal['none', 'full', 'dots', 'mixer'] = 'none'  # what the backward pass recomputes; see layers/block.py
-  layer_loop: Literal['scan', 'unroll'] = 'scan'  # same parameters and values either way; unrolling compiles slower
-  attention: AttentionConfig = field(default_factory=AttentionConfig)
-  moe: MoEConfig = field(default_factory=MoEConfig)
-  mtp: MTPConfig = field(default_factory=MTPConfig)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-  """Tokens in. `source` is a weighted mixture: 'kind:path@weight' items separated by blanks (see data/sources.py)."""
-
-  source: str = 'stdlib'  # stdlib | text:DIR | jsonl:DIR_OR_FILE | arrayrecord:DIR_OR_FILE | synthetic:TASK
-  tokenizer: str = 'byte'  # 'byte' or the path of a tokenizer.json
-  text_field: str = 'text'  # field of a JSONL row that holds the document
-  seq_len: int = 256  # T, tokens per row of a batch
-  batch_size: int = 16  # rows per optimizer step over all processes
-  packing: Literal['concat', 'first_fit', 'best_fit'] = 'concat'
-  heldout_fraction: float = 0.05  # share of documents, chosen by content hash, never trained on
-  seed: int = 0  # order of documents
-  num_workers: int = 0  # grain worker processes; 0 reads in the training process
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-  """AdamW with decoupled decay on matrices only; the schedule is a function of the optimizer step."""
-
-  name: Literal['adamw'] = 'adamw'
-  learning_rate: float = 3e-3  # peak
-  schedule: Literal['wsd', 'cosine', 'constant'] = 'wsd'  # warm-up, stable, decay
-  warmup_steps: int = 20
-  decay_steps: int = 60  # length of the final decay under 'wsd'
-  final_lr_ratio: float = 0.1  # last learning rate over the peak
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
-  clip_norm: float = 1.0  # global gradient norm; 0 is no clipping
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-  """The loop."""
-
-  steps: int = 200  # optimizer steps
-  seed: int = 0  # initial parameters
-  accumulate: int = 1  # microbatches per optimizer step
-  loss_chunk: int = 0  # tokens per chunk of head and cross-entropy; 0 is all at once
-  z_loss_weight: float = 0.0  # coefficient of mean(logsumexp(logits)^2)
-  log_every: int = 10  # steps between scalars
-  histogram_every: int = 50  # steps between expert-load histograms
-  checkpoint_every: int = 100  # steps between checkpoints; one is always written at the end
-  keep_checkpoints: int = 2  # newest ones kept
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-  """Held-out loss and bits per byte."""
-
-  every: int = 50  # steps; also after the last
-  batches: int = 8  # batches of data.batch_size rows, the same ones each time
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-  """Sizes of the mesh axes; one of them may be -1, 'what is left'. Rows of a batch are split over the first three."""
-
-  replica: int = 1  # parameters repeated
-  fsdp: int = -1  # parameters and optimizer state split
-  expert: int = 1  # experts split, tokens travel
-  tensor: int = 1  # heads and hidden widths split
-  num_devices: int = 0  # devices used; 0 is all
-
-
-@dataclass(frozen=True)
-class Experiment:
-  """Everything that decides a run."""
-
-  name: str = 'mmx'
-  model: ModelConfig = field(default_factory=ModelConfig)
-  data: DataConfig = field(default_factory=DataConfig)
-  optim: OptimConfig = field(default_factory=OptimConfig)
-  train: TrainConfig = field(default_factory=TrainConfig)
-  eval: EvalConfig = field(default_factory=EvalConfig)
-  mesh: MeshConfig = field(default_factory=MeshConfig)
-
-
-class ConfigError(ValueError):
-  """A configuration a person can mend; the message is one line that names file, line, field and what is allowed."""
-
+from mmx.schema import (  # everybody imports the schema from here
+    FFNS as FFNS,
+    MIXERS as MIXERS,
+    AttentionConfig as AttentionConfig,
+    ConfigError as ConfigError,
+    DataConfig as DataConfig,
+    EvalConfig as EvalConfig,
+    Experiment as Experiment,
+    Layer as Layer,
+    LightningConfig as LightningConfig,
+    MeshConfig as MeshConfig,
+    ModelConfig as ModelConfig,
+    MoEConfig as MoEConfig,
+    MSAConfig as MSAConfig,
+    MTPConfig as MTPConfig,
+    OptimConfig as OptimConfig,
+    PostNormConfig as PostNormConfig,
+    Segment as Segment,
+    SlidingConfig as SlidingConfig,
+    TrainConfig as TrainConfig,
+    num_layers as num_layers,
+    parse_pattern as parse_pattern,
+)
 
 # --- fields by dotted path --------------------------------------------------------------------------------------------
 
@@ -256,99 +133,13 @@ def _unknown(path: str) -> str:
   namesakes = [field for field in FIELDS if field.rpartition('.')[2] == name]
   nearest = (
       [group + sibling for sibling in difflib.get_close_matches(name, siblings, n=1)]
-      or difflib.get_close_matches(path, namesakes, n=1, cutoff=0)
+      or namesakes
       or difflib.get_close_matches(path, FIELDS, n=1, cutoff=0.8)  # lower, and optim.lr would mean optim.b1
   )
   if nearest:
-    return f'unknown field; did you mean {nearest[0]}?'
+    return f'unknown field; did you mean {" or ".join(nearest)}?'
   known = siblings or [f.name for f in dataclasses.fields(Experiment)]
   return f'unknown field; {parent if parent and siblings else "an experiment"} has {", ".join(known)}'
-
-
-# --- layer patterns ---------------------------------------------------------------------------------------------------
-
-MIXERS = ('full',)  # names of layers/mixer.py, repeated here because this file imports no layers; a test compares them
-FFNS = ('moe', 'dense')
-
-
-@dataclass(frozen=True)
-class Layer:
-  """What one layer consists of, by name."""
-
-  mixer: str
-  ffn: str
-
-
-@dataclass(frozen=True)
-class Segment:
-  """`repeats` times the layers of `unit`: one scan."""
-
-  unit: tuple[Layer, ...]
-  repeats: int
-
-
-@functools.cache
-def parse_pattern(pattern: str) -> tuple[Segment, ...]:
-  """Segments of a layer pattern; the grammar stands at `ModelConfig`.
-
-  'full/dense*3 (lightning*7 full)*10' is two segments: one dense layer, three times, and a unit of eight, ten times.
-  Only a top-level item is scanned; repeats inside a group are written out in its unit.
-
-  Raises:
-    ConfigError: names the column, what stands there and what may.
-  """
-  tokens = [(match.group(), match.start() + 1) for match in re.finditer(r'[()*]|[^\s()*]+', pattern)]
-  tokens.append(('the end', len(pattern) + 1))
-  position = 0
-
-  def fail(expected):
-    found, column = tokens[position]
-    raise ConfigError(f'model.pattern = {pattern!r}, column {column}: expected {expected}, found {found}')
-
-  def item():
-    """One layer or group with its repeat -> Segment."""
-    nonlocal position
-    word, column = tokens[position]
-    if word == '(':
-      position += 1
-      unit = sum((segment.unit * segment.repeats for segment in items()), ())
-      if tokens[position][0] != ')':
-        fail(f"')' for the '(' of column {column}")
-    elif word in (')', '*', 'the end'):
-      fail('a layer')
-    else:
-      mixer, slash, ffn = word.partition('/')
-      if mixer not in MIXERS:
-        fail(f'a mixer ({", ".join(MIXERS)})')
-      if slash and ffn not in FFNS:
-        fail(f'{mixer}/ and a feed-forward ({", ".join(FFNS)})')
-      unit = (Layer(mixer, ffn or FFNS[0]),)
-    position += 1
-    repeats = 1
-    if tokens[position][0] == '*':
-      position += 1
-      if not re.fullmatch(r'[1-9][0-9]*', tokens[position][0]):
-        fail('a number of repeats, at least 1')
-      repeats = int(tokens[position][0])
-      position += 1
-    return Segment(unit, repeats)
-
-  def items():
-    """Items up to a closing parenthesis or the end."""
-    found = [item()]
-    while tokens[position][0] not in (')', 'the end'):
-      found.append(item())
-    return found
-
-  segments = items()
-  if tokens[position][0] == ')':
-    fail('a layer or the end')
-  return tuple(segments)
-
-
-def num_layers(pattern: str) -> int:
-  """Layers of a pattern, all repeats counted."""
-  return sum(segment.repeats * len(segment.unit) for segment in parse_pattern(pattern))
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
@@ -357,7 +148,8 @@ MESH_AXES = ('replica', 'fsdp', 'expert', 'tensor')
 # A number must be positive, except these, where 0 switches something off or is a seed,
 MAY_BE_ZERO = frozenset("""
     model.attention.rotary_dim model.moe.shared_d_ff model.moe.bias_update_rate model.moe.balance_loss_weight
-    model.moe.capacity_factor model.mtp.depth model.mtp.weight model.mtp.final_weight data.seed data.num_workers
+    model.moe.capacity_factor model.sliding.sink_tokens model.msa.kl_weight model.msa.warmup_steps
+    model.mtp.depth model.mtp.weight model.mtp.final_weight data.seed data.num_workers
     optim.warmup_steps optim.decay_steps optim.final_lr_ratio optim.b1 optim.b2 optim.weight_decay optim.clip_norm
     train.seed train.loss_chunk train.z_loss_weight mesh.num_devices""".split())
 # and these have an end as well (not included).
@@ -425,7 +217,7 @@ def _problems(experiment: Experiment, num_devices: int | None, num_processes: in
   if not re.fullmatch(r'[\w.+=-]+', experiment.name):
     yield f'name = {experiment.name!r}: must be letters, digits and . _ - + =, as it names a folder', ['name']
   try:
-    ffns = {layer.ffn for segment in parse_pattern(model.pattern) for layer in segment.unit}
+    layers = {layer for segment in parse_pattern(model.pattern) for layer in segment.unit}
   except ConfigError as error:
     yield str(error), ['model.pattern']
     return
@@ -439,18 +231,28 @@ def _problems(experiment: Experiment, num_devices: int | None, num_processes: in
     yield str(error), [*axes, 'mesh.num_devices']
     return
 
+  mixers, ffns = {layer.mixer for layer in layers}, {layer.ffn for layer in layers}
   heads, kv_heads = 'model.attention.num_heads', 'model.attention.num_kv_heads'
   rotary, head = 'model.attention.rotary_dim', 'model.attention.head_dim'
   experts, top_k = 'model.moe.num_experts', 'model.moe.top_k'
   yield from indivisible(heads, kv_heads, values[kv_heads])
   if values[rotary] % 2 or values[rotary] > values[head]:
     yield f'{shown(rotary)}: must be even and at most {shown(head)}', [rotary, head]
+  index, window = 'model.msa.index_dim', 'model.sliding.window'
+  if 'msa' in mixers and values[rotary] > values[index]:
+    yield f'{shown(rotary)}: the index branch rotates as many, so at most {shown(index)}', [rotary, index]
+  if 'sliding' in mixers and values[window] > values['data.seq_len']:
+    yield f'{shown(window)}: larger than {shown("data.seq_len")}', [window, 'data.seq_len']
+  if 'msa' in mixers and values['model.msa.warmup_steps'] > train.steps:
+    message = f'{shown("model.msa.warmup_steps")}: more than {shown("train.steps")}'
+    yield message, ['model.msa.warmup_steps', 'train.steps']
   if values[top_k] > values[experts]:
     yield f'{shown(top_k)}: more than {shown(experts)}', [top_k, experts]
   if model.mtp.depth + 1 >= experiment.data.seq_len:
     yield f'{shown("model.mtp.depth")}: looks past {shown("data.seq_len")}', ['model.mtp.depth', 'data.seq_len']
 
-  sharded = [heads, kv_heads] + ['model.d_ff'] * ('dense' in ffns)
+  sharded = [heads, kv_heads] * bool(mixers - {'lightning'}) + ['model.lightning.num_heads'] * ('lightning' in mixers)
+  sharded += ['model.d_ff'] * ('dense' in ffns)
   if 'moe' in ffns:
     sharded += ['model.moe.d_ff', 'model.moe.shared_d_ff']
     yield from indivisible(experts, 'mesh.expert', mesh['expert'])

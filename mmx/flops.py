@@ -43,17 +43,31 @@ class _LayerCount:
   router_bias: int
 
 
-def _layer_count(model: ModelConfig, layer: Layer) -> _LayerCount:
-  D, a, moe = model.d_model, model.attention, model.moe
+def _mixer_count(model: ModelConfig, mixer: str) -> tuple[int, int]:
+  """(entries of matrices, entries of norm scales), a key shift left out."""
+  D, a, lightning, msa = model.d_model, model.attention, model.lightning, model.msa
+  if mixer == 'lightning':
+    width = lightning.num_heads * lightning.head_dim
+    return 5 * D * width, width  # q, k, v, gate, o; the output norm
   q_width, kv_width = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-  mixer = 2 * D * q_width + 2 * D * kv_width  # q and o, k and v
-  qk_norm = {'none': 0, 'full_width': q_width + kv_width, 'per_head': 2 * a.head_dim}[a.qk_norm]
+  matrices = 2 * D * q_width + 2 * D * kv_width  # q and o, k and v
+  vectors = {'none': 0, 'full_width': q_width + kv_width, 'per_head': 2 * a.head_dim}[a.qk_norm]
+  if mixer == 'msa':
+    matrices += D * msa.index_dim * (a.num_kv_heads + 1)  # a query head per kv head, one shared key head
+    vectors += 2 * msa.index_dim if msa.index_norm == 'per_head' else 0
+  return matrices, vectors
+
+
+def _layer_count(model: ModelConfig, layer: Layer) -> _LayerCount:
+  D, moe = model.d_model, model.moe
+  mixer, vectors = _mixer_count(model, layer.mixer)
+  vectors += 2 * D + (2 * D if model.key_shift == 'learned' else 0)
   if layer.ffn == 'dense':
-    return _LayerCount(mixer + 3 * D * model.d_ff, 2 * D + qk_norm, 0, 0, 0)
+    return _LayerCount(mixer + 3 * D * model.d_ff, vectors, 0, 0, 0)
   expert, router = 3 * D * moe.d_ff, D * moe.num_experts
   return _LayerCount(
       matrices=mixer + router + moe.top_k * expert + 3 * D * moe.shared_d_ff,
-      vectors=2 * D + qk_norm,
+      vectors=vectors,
       idle=(moe.num_experts - moe.top_k) * expert,
       router=router,
       router_bias=moe.num_experts,
@@ -109,21 +123,40 @@ def assert_comparable(arms: Mapping[str, ModelConfig], tolerance: float = 0.01) 
 # --- work -------------------------------------------------------------------------------------------------------------
 
 
+def mixing_flops(model: ModelConfig, mixer: str, T: int) -> int:
+  """Forward FLOPs per token of a causal row of T that a mixer spends between tokens, projections aside.
+
+  Scores and their product with the values are 2 * H*Dh each per key. A query sees T/2 keys on average, or those of its
+  window, or of its selected blocks; the index branch scores all of the T/2 (MSA, section 2.3). Lightning updates and
+  reads a state of Dh*Dh per head. That documents packed into one row do not see each other is not subtracted.
+  """
+  a, lightning, msa = model.attention, model.lightning, model.msa
+  if mixer == 'lightning':
+    return 4 * lightning.num_heads * lightning.head_dim**2
+  per_key = 4 * a.num_heads * a.head_dim
+  if mixer == 'sliding':
+    W = min(model.sliding.window, T)
+    sinks = min(model.sliding.sink_tokens, T - W)
+    return per_key * (W * (2 * T - W) // 2 + sinks * (T - W)) // T
+  if mixer == 'msa':
+    return per_key * min(msa.top_k * msa.block_size, T // 2) + a.num_kv_heads * msa.index_dim * T
+  return per_key * T // 2
+
+
 def step_flops(experiment: Experiment) -> int:
   """FLOPs of a training step per token, forward and backward, that the model itself needs: the numerator of MFU.
 
-      3 * (sum over layers of (2 * matrices at work on a token + 2 * H*Dh * T) + 2 * D*V * (1 + MTP depth))
+      3 * (sum over layers of (2 * matrices at work on a token + mixing) + 2 * D*V * (1 + MTP depth))
 
-  3: the backward pass takes twice the forward. A matrix entry is a multiplication and an addition. Scores and their
-  product with the values are 2 * H*Dh each per key, and a causal query of a row of T sees T/2 keys on average; that
-  documents packed into one row do not see each other is not subtracted. An MTP module adds its projection (2D*D), its
-  layer and the head. Not counted: norms, softmax, rotations, the embedding's lookup, the optimizer, and whatever
-  rematerialisation computes twice.
+  3: the backward pass takes twice the forward. A matrix entry is a multiplication and an addition; `mixing_flops` says
+  what tokens cost each other. An MTP module adds its projection (2D*D), its layer and the head. Not counted: norms,
+  softmax, rotations, the embedding's lookup, the optimizer, MSA's warm-up, and whatever rematerialisation computes
+  twice.
   """
   model, T = experiment.model, experiment.data.seq_len
   D, depth = model.d_model, model.mtp.depth
-  scores = 2 * model.attention.num_heads * model.attention.head_dim * T
-  layers = [(2 * _layer_count(model, layer).matrices + scores, repeats) for layer, repeats in _layers(model)]
+  cost = lambda layer: 2 * _layer_count(model, layer).matrices + mixing_flops(model, layer.mixer, T)
+  layers = [(cost(layer), repeats) for layer, repeats in _layers(model)]
   main = sum(flops * repeats for flops, repeats in layers)
   mtp = depth * (2 * 2 * D * D + layers[-1][0])
   head = 2 * D * model.vocab_size * (1 + depth)

@@ -36,11 +36,11 @@ def mtp_weight(mtp: MTPConfig, optim: OptimConfig, steps: int):
 
 
 def decays(params):
-  """True for matrices; norm scales, named 'scale' or '*_norm', are left alone. Layer stacking hides the rank."""
+  """True for matrices; norm scales ('scale', '*_norm') and 'key_shift' are not. Layer stacking hides the rank."""
 
   def is_matrix(path, _):
     name = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][-1]  # a box of axes may follow
-    return name != 'scale' and not name.endswith('_norm')
+    return name not in ('scale', 'key_shift') and not name.endswith('_norm')
 
   return jax.tree_util.tree_map_with_path(is_matrix, params)
 

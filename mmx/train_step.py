@@ -10,9 +10,10 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mmx import loss, optimizer, sharding
-from mmx.config import Experiment
+from mmx.config import Experiment, parse_pattern
 from mmx.layers.moe import MoEAux, update_bias
 from mmx.layers.mtp import shift_left
+from mmx.layers.sparse import IndexAux
 from mmx.model import Decoder, init_variables
 
 
@@ -54,17 +55,20 @@ def _init(experiment: Experiment, seed) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), variables['params'], variables.get('router', {}), opt_state)
 
 
-def loss_terms(experiment: Experiment, mesh: Mesh | None, params, router, batch, mtp_weight, token_count):
+def loss_terms(
+    experiment: Experiment, mesh: Mesh | None, params, router, batch, mtp_weight, token_count, warmup=None
+):
   """Loss of one (micro)batch as its share of a step of `token_count` predicted tokens.
 
-  batch: tokens, targets, segment_ids, positions int32 [B, T], loss_mask float32 [B, T].
+  batch: tokens, targets, segment_ids, positions int32 [B, T], loss_mask float32 [B, T]. warmup: MSA's, a bool scalar.
 
   Returns:
     (loss, (metrics, aux)): metrics are scalars that sum over microbatches; aux mirrors the router collection.
   """
   m = experiment.model
   variables = {'params': params, 'router': router}
-  out = Decoder(m, mesh).apply(variables, batch['tokens'], batch['positions'], batch['segment_ids'])
+  inputs = batch['tokens'], batch['positions'], batch['segment_ids']
+  out = Decoder(m, mesh).apply(variables, *inputs, warmup=warmup)
   chunk, mask = experiment.train.loss_chunk, batch['loss_mask']
   nll, squared, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, chunk)
   metrics = {'loss': nll / token_count, 'accuracy': correct / token_count}
@@ -81,22 +85,46 @@ def loss_terms(experiment: Experiment, mesh: Mesh | None, params, router, batch,
     metrics[f'mtp_loss_{i + 1}'] = mtp_nll / token_count
     total += mtp_weight / len(out.mtp) * metrics[f'mtp_loss_{i + 1}']
 
-  layers = jax.tree.leaves(out.aux, is_leaf=_is_aux)
-  if layers:
-    microbatches = experiment.train.accumulate
+  microbatches = experiment.train.accumulate
+  leaves = jax.tree.leaves(out.aux, is_leaf=_is_aux)
+  if layers := [leaf for leaf in leaves if isinstance(leaf, MoEAux)]:
     mean = lambda field: jnp.mean(jnp.concatenate([jnp.ravel(getattr(a, field)) for a in layers])) / microbatches
     metrics |= {f'router/{field}': mean(field) for field in ('balance_loss', 'entropy', 'dropped')}
     total += m.moe.balance_loss_weight * metrics['router/balance_loss']
+  if layers := [leaf for leaf in leaves if isinstance(leaf, IndexAux)]:
+    metrics |= {name: value / microbatches for name, value in index_metrics(out.aux, m.pattern).items()}
+    total += m.msa.kl_weight * sum(jnp.sum(a.kl) for a in layers) / microbatches
   return total, (metrics, out.aux)
 
 
 def _is_aux(node):
-  return isinstance(node, MoEAux)
+  return isinstance(node, MoEAux | IndexAux)
+
+
+def index_metrics(aux, pattern):
+  """{'msa/kl/layer_03': ..., 'msa/block_recall/...', 'msa/score_recall/...'} of each MSA layer of the main model."""
+  metrics, first_layer = {}, 0
+  for s, segment in enumerate(parse_pattern(pattern)):
+    for i, layer in enumerate(segment.unit):
+      if layer.mixer == 'msa':
+        told = aux[f'segment_{s}'][f'layer_{i}']['mixer']
+        for repeat in range(segment.repeats):
+          number = first_layer + i + repeat * len(segment.unit)
+          for field in ('kl', 'block_recall', 'score_recall'):
+            metrics[f'msa/{field}/layer_{number:02d}'] = getattr(told, field)[repeat]
+    first_layer += len(segment.unit) * segment.repeats
+  return metrics
 
 
 def loads(aux, share):
   """Expert loads, times `share`, in the structure of the router collection: {'...': {'ffn': {'bias': [layers, E]}}}."""
-  return jax.tree.map(lambda a: {'ffn': {'bias': a.load_E * share}}, aux, is_leaf=_is_aux)
+  found = {}
+  for name, node in aux.items():
+    if isinstance(node, MoEAux):
+      found[name] = {'bias': node.load_E * share}
+    elif isinstance(node, dict) and (inside := loads(node, share)):
+      found[name] = inside
+  return found
 
 
 def make_train_step(experiment: Experiment, mesh: Mesh) -> Callable:
@@ -110,14 +138,19 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> Callable:
   learning_rate = optimizer.schedule(experiment.optim, experiment.train.steps)
   mtp_schedule = optimizer.mtp_weight(experiment.model.mtp, experiment.optim, experiment.train.steps)
   microbatches = experiment.train.accumulate
+  warmup_steps = experiment.model.msa.warmup_steps
 
   def train_step(state: TrainState, batch):
     token_count = jnp.maximum(jnp.sum(batch['loss_mask']), 1.0)
     routed_count = jnp.sum(batch['segment_ids'] > 0)
     weight = mtp_schedule(state.step)
+    # Traced, so that one program serves both phases; None where there is no warm-up keeps it out of the program.
+    warmup = state.step < warmup_steps if warmup_steps else None
 
     def gradients(microbatch):
-      function = lambda params: loss_terms(experiment, mesh, params, state.router, microbatch, weight, token_count)
+      function = lambda params: loss_terms(
+          experiment, mesh, params, state.router, microbatch, weight, token_count, warmup
+      )
       (_, (metrics, aux)), grads = jax.value_and_grad(function, has_aux=True)(state.params)
       return grads, metrics, loads(aux, jnp.sum(microbatch['segment_ids'] > 0) / routed_count)
 

@@ -128,7 +128,7 @@ def test_lower_case_top_level_name_is_a_field_and_never_a_macro(tmp_path):
 @pytest.mark.parametrize('text, line, said', [
     ('model.moe.num_expert = 3', 1, 'model.moe.num_expert: unknown field; did you mean model.moe.num_experts?'),
     ('\n\nmodel.moe:\n  top_k = 2\n  num_expert = 3', 5, 'did you mean model.moe.num_experts?'),
-    ('model.num_heads = 3', 1, 'did you mean model.attention.num_heads?'),
+    ('model.num_heads = 3', 1, 'did you mean model.attention.num_heads or model.lightning.num_heads?'),
     ('modle.d_model = 3', 1, 'did you mean model.d_model?'),
     ('optim.lr = 3', 1, 'optim.lr: unknown field; optim has name, learning_rate, schedule'),
     ('zebra = 3', 1, 'zebra: unknown field; an experiment has name, model, data'),

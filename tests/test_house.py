@@ -25,7 +25,8 @@ CHAPTERS = [path for folder in ('mmx', 'tests', 'scripts', 'experiments') for pa
 # Each room, from the ground up, and the rooms below that it may use.
 MAY_IMPORT = {
     '__init__': '',
-    'config': '',
+    'schema': '',
+    'config': 'schema',
     'gin_syntax': 'config',
     'sweep': 'config',
     'flops': 'config',

@@ -64,8 +64,13 @@ def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platfor
   return function(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
 
 
-def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementation, platform):
-  """Weighted sum of the chosen experts' SwiGLU outputs; see `reference.experts`. Runs on one shard's rows.
+def attend_cached(q_BTHDh, k_BSKDh, v_BSKDh, positions_BT):
+  """Causal grouped-query attention of T new tokens against a cache; one form for every platform yet."""
+  return _attention.attention_cached(q_BTHDh, k_BSKDh, v_BSKDh, positions_BT)
+
+
+def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementation, platform, activation='swiglu'):
+  """Weighted sum of the chosen experts' outputs; see `reference.experts`. Runs on one shard's rows.
 
   Raises:
     UnsupportedError: a named implementation does not support the platform.
@@ -86,4 +91,4 @@ def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementat
       'blocks': _grouped.experts_blocks,
       'reference': reference.experts,
   }[name]
-  return function(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD)
+  return function(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation)

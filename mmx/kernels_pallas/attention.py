@@ -138,3 +138,32 @@ def attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh=None):
   specs = (heads_spec, heads_spec, heads_spec, P(rows, None))
   mapped = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=heads_spec, check_vma=False)
   return mapped(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# against a cache
+
+
+def attention_cached(q_BTHDh, k_BSKDh, v_BSKDh, positions_BT):
+  """T new queries against a cache of S slots, of which a query at position p sees 0..p. Returns [B, T, H, Dh].
+
+  Chunks of queries, one after the other, so that at most [B, H, c, S] scores exist. One query needs no chunk.
+  """
+  B, T, H, Dh = q_BTHDh.shape
+  S, K = k_BSKDh.shape[1:3]
+  c = min(T, CHUNK)
+
+  def attend(chunk):
+    q_BcHDh, positions_Bc = chunk
+    q_BcKGDh = q_BcHDh.reshape(B, -1, K, H // K, Dh) * jnp.asarray(Dh**-0.5, q_BcHDh.dtype)
+    scores = jnp.einsum('bckgd,bskd->bkgcs', q_BcKGDh, k_BSKDh, preferred_element_type=jnp.float32)
+    visible_BcS = jnp.arange(S)[None, None] <= positions_Bc[..., None]
+    weights = jax.nn.softmax(jnp.where(visible_BcS[:, None, None], scores, -1e30), axis=-1).astype(v_BSKDh.dtype)
+    return jnp.einsum('bkgcs,bskd->bckgd', weights, v_BSKDh).reshape(B, -1, H, Dh)
+
+  if T == c:
+    return attend((q_BTHDh, positions_BT))
+  chunked = lambda a: jnp.moveaxis(jnp.pad(a, ((0, 0), (0, -T % c)) + ((0, 0),) * (a.ndim - 2)).reshape(
+      B, -1, c, *a.shape[2:]), 1, 0)
+  out = jax.lax.map(attend, (chunked(q_BTHDh), chunked(positions_BT)))
+  return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, Dh)[:, :T]

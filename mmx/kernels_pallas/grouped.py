@@ -2,7 +2,7 @@
 
 All forms share one signature and mean the same as `reference.experts`:
 
-  experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD) -> y_ND
+  experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation) -> y_ND
 
 Assignments (token, expert) are sorted by expert into R = N*k rows; `group_sizes_E` are the true counts. An id equal to
 E means 'not here': its rows sort last, behind every group, cost nothing and add zero. Dispatch and combine are gathers
@@ -23,6 +23,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from mmx.kernels_pallas.gated import ACTIVATIONS
 
 BATCH_BLOCK = 256  # rows
 
@@ -98,11 +100,11 @@ def _put(array, update, row):
   return lax.dynamic_update_slice_in_dim(array, update, row, 0)
 
 
-@jax.custom_vjp
-def experts_loop(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def experts_loop(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu'):
   """See the module docstring. Keeps nothing of the rows: the backward pass makes gate and up again, which takes less
   than writing and reading them ([R, 2F]: 0.7 times the time of a layer with its gradient at D=128)."""
-  return _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD)[0]
+  return _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation)[0]
 
 
 def _loop_block(rows, num_experts):
@@ -131,7 +133,7 @@ def _over_blocks(group_sizes_E, block, expert_body, start):
   return lax.fori_loop(0, group_sizes_E.shape[0], one_expert, start)
 
 
-def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
+def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation):
   E, F, D = w_down_EFD.shape
   rows = sort_by_expert(ids_Nk, E)
   weights_Nk = jnp.where(ids_Nk < E, weights_Nk, 0)
@@ -144,7 +146,7 @@ def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
     def step(row, inside_b, y):
       h_b2F = x_ND[lax.dynamic_slice_in_dim(token, row, b)] @ w_gate_up
       # Rows past the group's end are garbage until the next group, which comes later, writes them.
-      return _put(y, (jax.nn.silu(h_b2F[:, :F]) * h_b2F[:, F:]) @ w_down, row)
+      return _put(y, ACTIVATIONS[activation](h_b2F[:, :F], h_b2F[:, F:]) @ w_down, row)
 
     return blocks(step, y)
 
@@ -152,7 +154,7 @@ def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
   return combine(y_RD, rows.slot_Nk, weights_Nk), (x_ND, weights_Nk, rows, w_gate_up_ED2F, w_down_EFD)
 
 
-def _loop_backward(residuals, dout_ND):
+def _loop_backward(activation, residuals, dout_ND):
   x_ND, weights_Nk, rows, w_gate_up_ED2F, w_down_EFD = residuals
   E, F, D = w_down_EFD.shape
   R = rows.token_R.shape[0]
@@ -171,14 +173,9 @@ def _loop_backward(residuals, dout_ND):
       x_bD, dout_bD = x_ND[token_b], dout_ND[token_b]
       weight_b1 = jnp.where(inside_b, rows_of(weight), 0)[:, None]
       h_b2F = x_bD @ w_gate_up
-      gate_bF, up_bF = h_b2F[:, :F], h_b2F[:, F:]
-      sigmoid_bF = jax.nn.sigmoid(gate_bF)
-      silu_bF = gate_bF * sigmoid_bF
-      act_bF = silu_bF * up_bF
+      act_bF, activation_vjp = jax.vjp(ACTIVATIONS[activation], h_b2F[:, :F], h_b2F[:, F:])
       back_bF = _rows_times_transposed(dout_bD, w_down)  # d out / d act, before the router's weight
-      dact_bF = back_bF * weight_b1
-      dgate_bF = dact_bF * up_bF * (sigmoid_bF + silu_bF * (1 - sigmoid_bF))
-      dh_b2F = jnp.concatenate([dgate_bF, dact_bF * silu_bF], axis=1)
+      dh_b2F = jnp.concatenate(activation_vjp(back_bF * weight_b1), axis=1)
       dx = _put(dx, _rows_times_transposed(dh_b2F, w_gate_up), row)
       # <dout, y> = <dout W_down^T, act>: the router's gradient without y.
       dweight = _put(dweight, jnp.sum((act_bF * back_bF).astype(jnp.float32), axis=1), row)
@@ -249,14 +246,15 @@ def _combine_backward(residuals, dout_ND):
 _combine.defvjp(_combine_forward, _combine_backward)
 
 
-def _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, grouped_product):
+def _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, grouped_product):
   """Dispatch, two grouped products [R, D] -> [R, 2F] -> [R, D], combine."""
   E, F, D = w_down_EFD.shape
   rows = sort_by_expert(ids_Nk, E)
   here_Nk = ids_Nk < E
   x_RD = _dispatch(x_ND, rows.token_R, rows.slot_Nk, here_Nk)
   h_R2F = grouped_product(x_RD, w_gate_up_ED2F.reshape(E, D, 2 * F), rows.group_sizes_E)
-  y_RD = grouped_product(jax.nn.silu(h_R2F[:, :F]) * h_R2F[:, F:], w_down_EFD, rows.group_sizes_E)
+  act_RF = ACTIVATIONS[activation](h_R2F[:, :F], h_R2F[:, F:])
+  y_RD = grouped_product(act_RF, w_down_EFD, rows.group_sizes_E)
   return _combine(y_RD, jnp.where(here_Nk, weights_Nk, 0), rows)
 
 
@@ -279,9 +277,9 @@ def _block_product(x_RA, w_EAC, group_sizes_E):
   return jnp.where(inside_R[:, None], y_RC, 0)
 
 
-def experts_blocks(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
+def experts_blocks(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu'):
   """See the module docstring."""
-  return _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, _block_product)
+  return _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, _block_product)
 
 
 def _megablox_product(x_RA, w_EAC, group_sizes_E, interpret=False):
@@ -297,7 +295,7 @@ def _megablox_product(x_RA, w_EAC, group_sizes_E, interpret=False):
   return jnp.where(inside_R1, y_RC, 0)
 
 
-def experts_megablox(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, interpret=False):
+def experts_megablox(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', interpret=False):
   """See the module docstring. `interpret` runs the kernel on CPU, for tests."""
   product = functools.partial(_megablox_product, interpret=interpret)
-  return _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, product)
+  return _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, product)

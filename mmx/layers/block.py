@@ -7,10 +7,11 @@ from jax.sharding import Mesh
 
 from mmx import sharding
 from mmx.config import Layer, ModelConfig, num_layers
+from mmx.layers.context import Context
 from mmx.layers.mixer import MIXERS
 from mmx.layers.mlp import MLP
 from mmx.layers.moe import MoE
-from mmx.layers.norm import RMSNorm
+from mmx.layers.norm import Norm
 
 REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,  # least memory: the whole block again
@@ -20,25 +21,53 @@ REMAT_POLICIES = {
 
 
 class Block(nn.Module):
-  """Pre-norm residual block: x + mixer(norm(x)), then x + ffn(norm(x)). Returns (x [B, T, D], MoEAux or None)."""
+  """Mixer and feed-forward, each a residual branch of a norm.
+
+  Returns (x [B, T, D], the layer's cache, aux): aux holds what the branches tell the training step, {'mixer': IndexAux,
+  'ffn': MoEAux}, without those that tell nothing.
+  """
 
   layer: Layer
   model: ModelConfig
   mesh: Mesh | None
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, segment_ids_BT):
+  def __call__(self, x_BTD, context: Context, layer_index, cache):
     m = self.model
-    out_scale = (2 * num_layers(m.pattern)) ** -0.5  # residual branches add up to unit variance (GPT-2)
-    mixer = MIXERS[self.layer.mixer](m, out_scale, self.mesh)
-    y_BTD = mixer(RMSNorm(m.norm_eps, name='mixer_norm')(x_BTD), positions_BT, segment_ids_BT)
-    x_BTD = x_BTD + checkpoint_name(y_BTD, 'mixer')
-    h_BTD = RMSNorm(m.norm_eps, name='ffn_norm')(x_BTD)
+    out_scale = branch_scale(m)
+    mixer = MIXERS[self.layer.mixer].layer(m, out_scale, self.mesh, name='mixer')
+    normed_BTD = Norm(m.norm, m.norm_eps, name='mixer_norm')(x_BTD)
+    y_BTD, cache, mixer_aux = mixer(normed_BTD, context, layer_index, cache)
+    kind = 'lightning' if self.layer.mixer == 'lightning' else 'attention'
+    x_BTD = add_branch(m, kind, x_BTD, normed_BTD, checkpoint_name(y_BTD, 'mixer'))
+
+    normed_BTD = Norm(m.norm, m.norm_eps, name='ffn_norm')(x_BTD)
     if self.layer.ffn == 'moe':
-      y_BTD, aux = MoE(m.moe, out_scale, self.mesh, name='ffn')(h_BTD, segment_ids_BT > 0)
+      ffn = MoE(m.moe, m.activation, out_scale, self.mesh, name='ffn')
+      y_BTD, ffn_aux = ffn(normed_BTD, context.segment_ids_BT > 0)
     else:
-      y_BTD, aux = MLP(m.d_ff, out_scale, name='ffn')(h_BTD), None
-    return sharding.constrain(x_BTD + y_BTD, self.mesh, 'batch', None, None), aux
+      y_BTD, ffn_aux = MLP(m.d_ff, m.activation, out_scale, name='ffn')(normed_BTD), None
+    x_BTD = add_branch(m, 'ffn', x_BTD, normed_BTD, y_BTD)
+    aux = {name: value for name, value in (('mixer', mixer_aux), ('ffn', ffn_aux)) if value is not None}
+    return sharding.constrain(x_BTD, self.mesh, 'batch', None, None), cache, aux
+
+
+def add_branch(model: ModelConfig, kind, x, normed, branch):
+  """The residual stream behind branch = f(normed), normed = norm(x), by `model.residual`.
+
+  pre_norm: x + branch (M2, M3). post_norm: alpha * normed + beta * branch, with the factors of `kind`: the stream
+  itself is the normed one (Text-01 and M1; DeepNorm, MiniMax-01 section 2.1).
+  """
+  if model.residual == 'pre_norm':
+    return x + branch
+  alpha, beta = (getattr(model.post_norm, f'{kind}_{factor}') for factor in ('alpha', 'beta'))
+  return alpha * normed + beta * branch
+
+
+def branch_scale(model: ModelConfig) -> float:
+  """Initial scale of a branch's last product: branches add up to unit variance (GPT-2), or DeepNorm's (8N)^(-1/4)."""
+  layers = num_layers(model.pattern)
+  return (2 * layers) ** -0.5 if model.residual == 'pre_norm' else (8 * layers) ** -0.25
 
 
 def remat_block(model: ModelConfig):

@@ -81,6 +81,7 @@ class MoE(nn.Module):
   """Parameters and call: x [B, T, D] -> (y [B, T, D], MoEAux). Padding (`valid_BT` false) still passes through."""
 
   config: MoEConfig
+  activation: str
   out_scale: float
   mesh: Mesh | None
 
@@ -100,9 +101,10 @@ class MoE(nn.Module):
         x_BTD, ids_BTk, weights_BTk, w_gate_up.astype(x_BTD.dtype), w_down.astype(x_BTD.dtype),
         mesh=self.mesh, transport=c.transport, capacity_factor=c.capacity_factor,
         local_experts=functools.partial(
-            api.experts, implementation=c.implementation, platform=sharding.platform_of(self.mesh)
+            api.experts, implementation=c.implementation, platform=sharding.platform_of(self.mesh),
+            activation=self.activation,
         ),
     )
     if c.shared_d_ff:
-      y_BTD = y_BTD + MLP(c.shared_d_ff, self.out_scale, name='shared')(x_BTD)
+      y_BTD = y_BTD + MLP(c.shared_d_ff, self.activation, self.out_scale, name='shared')(x_BTD)
     return y_BTD, MoEAux(load_E, balance_loss, entropy, dropped)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from mmx.config import Layer, ModelConfig
+from mmx.config import Layer, ModelConfig, num_layers
 from mmx.layers.block import remat_block
-from mmx.layers.norm import RMSNorm
+from mmx.layers.context import Context
+from mmx.layers.norm import Norm
 from mmx.sharding import fan_in_normal, param
 
 
@@ -22,15 +23,15 @@ class MTPModule(nn.Module):
   mesh: Mesh | None
 
   @nn.compact
-  def __call__(self, hidden_BTD, embedded_BTD, positions_BT, segment_ids_BT):
-    D, eps = self.model.d_model, self.model.norm_eps
+  def __call__(self, hidden_BTD, embedded_BTD, context: Context):
+    m, D = self.model, self.model.d_model
+    normed = lambda name, x: Norm(m.norm, m.norm_eps, name=name)(x)
     w = param(self, 'w_project', (2 * D, D), ('embed', 'norm'), fan_in_normal(2 * D))
-    parts = RMSNorm(eps, name='embedding_norm')(embedded_BTD), RMSNorm(eps, name='hidden_norm')(hidden_BTD)
+    parts = normed('embedding_norm', embedded_BTD), normed('hidden_norm', hidden_BTD)
     x_BTD = jnp.concatenate(parts, axis=-1) @ w.astype(hidden_BTD.dtype)
-    x_BTD, aux = remat_block(self.model)(self.layer, self.model, self.mesh, name='block')(
-        x_BTD, positions_BT, segment_ids_BT
-    )
-    return x_BTD, RMSNorm(eps, name='final_norm')(x_BTD), aux
+    block = remat_block(m)(self.layer, m, self.mesh, name='block')
+    x_BTD, _, aux = block(x_BTD, context, jnp.int32(num_layers(m.pattern) - 1), None)
+    return x_BTD, normed('final_norm', x_BTD), aux
 
 
 def shift_left(array_BT, steps, fill=0):

@@ -153,7 +153,7 @@ def test_moe_layer_on_a_mesh_equals_the_layer_on_one_device(transport):
   config = MoEConfig(num_experts=E, top_k=3, d_ff=F, transport=transport)
   (x_BTD, *_), dy_BTD = draw(k=3)
   valid_BT = jnp.ones((B, T), bool)
-  alone = MoE(config, 1.0, None)
+  alone = MoE(config, 'swiglu', 1.0, None)
   variables = nn.unbox(quick_jit(alone.init)(jax.random.key(0), x_BTD, valid_BT))
 
   def gradients(layer):
@@ -162,7 +162,7 @@ def test_moe_layer_on_a_mesh_equals_the_layer_on_one_device(transport):
       return (y_BTD * dy_BTD).sum(), (y_BTD, aux)
     return quick_jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables['params'], x_BTD)
 
-  wanted, got = gradients(alone), gradients(MoE(config, 1.0, build_mesh(fsdp=2, expert=2, tensor=2)))
+  wanted, got = gradients(alone), gradients(MoE(config, 'swiglu', 1.0, build_mesh(fsdp=2, expert=2, tensor=2)))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, wanted)
 
 
