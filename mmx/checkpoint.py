@@ -96,7 +96,7 @@ class Checkpointer:
     self._background = ThreadPoolExecutor(1, 'checkpoint')
     # zstd takes 11% off float32 weights and makes writing and reading twice as slow.
     self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), WRITE_TIMEOUT_S)
-    absl_logging.get_absl_logger().addFilter(_without_orbax_tracebacks)
+    absl_logging.get_absl_logger().addFilter(without_orbax_noise)
     self._attempts: dict[int, int] = {}  # step → its last attempt
     if keep is not None:
       self._prepare()
@@ -116,7 +116,7 @@ class Checkpointer:
     arrays, leaves = _to_arrays(state)
     files = {}
     if distributed.is_primary():
-      files['metadata.json'] = json.dumps({'step': step, 'leaves': leaves, 'metadata': metadata}, indent=1)
+      files['metadata.json'] = record(step, leaves, metadata)
     if data_iterator is not None:
       files[_data_name()] = json.dumps(data_iterator.get_state())
     self._attempts[step] = self._attempts.get(step, -1) + 1
@@ -153,6 +153,11 @@ class Checkpointer:
     mark = self._newest_whole()
     return None if mark is None else self._record(mark)['metadata']
 
+  def latest_path(self) -> epath.Path | None:
+    """The folder that `restore` would read, every byte of it checked."""
+    mark = self._newest_whole()
+    return None if mark is None else self._path(mark)
+
   def restore(self, abstract_state: Any, data_iterator: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """(step, state, metadata) of the newest checkpoint that is whole, bit for bit; None if there is none.
 
@@ -168,8 +173,8 @@ class Checkpointer:
     if mark is None:
       return None
     record = self._record(mark)
-    named, treedef = _named_leaves(abstract_state)
-    self._require_same_leaves(mark, record['leaves'], {name: _describe(leaf) for name, leaf in named.items()})
+    named, treedef = named_leaves(abstract_state)
+    self._require_same_leaves(mark, record['leaves'], {name: describe(leaf) for name, leaf in named.items()})
     data_state = None if data_iterator is None else self._data_state(mark)
     wanted = {name: _abstract_array(leaf) for name, leaf in named.items()}
     stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
@@ -226,14 +231,7 @@ class Checkpointer:
     """In the background: arrays, the small files, this process's seal; then the first process clears old ones."""
     path = self._path(mark)
     self._orbax.wait_until_finished()  # of all processes
-    for name, text in files.items():
-      (path / name).write_text(text)
-    sealed = [*_share(_files_below(path, 'state')), *files]
-    sums = dict(zip(sealed, _checksums([path / name for name in sealed]), strict=True))
-    seal = path / f'seal.{jax.process_index()}-of-{jax.process_count()}.json'
-    unfinished = path / f'{seal.name}.tmp'
-    unfinished.write_text(json.dumps(sums, indent=1))
-    unfinished.replace(seal)
+    seal(path, files)
     if distributed.is_primary():
       self._clear(mark)
 
@@ -352,7 +350,25 @@ class Checkpointer:
     return seals if seals and len(seals) == int(SEAL.fullmatch(seals[0].name)[2]) else []
 
 
-def _named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
+def record(step: int, leaves: Mapping[str, dict], metadata: Mapping[str, Any]) -> str:
+  """Text of metadata.json; `leaves` as `describe` has them."""
+  return json.dumps({'step': step, 'leaves': leaves, 'metadata': metadata}, indent=1)
+
+
+def seal(path: epath.Path, files: Mapping[str, str]) -> None:
+  """Makes a checkpoint of a folder with a finished state/: small files, and last this process's seal over its share."""
+  for name, text in files.items():
+    (path / name).write_text(text)
+  sealed = [*_share(_files_below(path, 'state')), *files]
+  sums = dict(zip(sealed, _checksums([path / name for name in sealed]), strict=True))
+  final = path / f'seal.{jax.process_index()}-of-{jax.process_count()}.json'
+  unfinished = path / f'{final.name}.tmp'
+  unfinished.write_text(json.dumps(sums, indent=1))
+  unfinished.replace(final)
+
+
+def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
+  """({'params/embedding/table': leaf, ...}, treedef): the names under which a checkpoint keeps the arrays of a tree."""
   leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}, treedef
 
@@ -364,9 +380,9 @@ def _is_key(leaf: Any) -> bool:
 def _to_arrays(state: Any) -> tuple[dict[str, Any], dict[str, dict]]:
   """Arrays that Orbax can write, and what all leaves are: keys become their uint32 words, empty arrays are left out."""
   arrays, leaves = {}, {}
-  for name, leaf in _named_leaves(state)[0].items():
+  for name, leaf in named_leaves(state)[0].items():
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, jnp.result_type(leaf))
-    leaves[name] = _describe(leaf)
+    leaves[name] = describe(leaf)
     if leaf.size:
       arrays[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
   return arrays, leaves
@@ -378,7 +394,8 @@ def _abstract_array(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
-def _describe(leaf: Any) -> dict[str, Any]:
+def describe(leaf: Any) -> dict[str, Any]:
+  """Shape and dtype, JSON-able."""
   return {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
 
 
@@ -426,6 +443,7 @@ def _reason(error: Exception) -> str:
   return f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message"}'
 
 
-def _without_orbax_tracebacks(record: Any) -> bool:
-  """Orbax logs a failed write three times with tracebacks, besides raising it."""
-  return not (record.exc_info and 'orbax' in record.pathname)
+def without_orbax_noise(record: Any) -> bool:
+  """Filter for absl's logger: Orbax logs a failed write three times with tracebacks, besides raising it, and warns that
+  it merges no databases where there are none."""
+  return 'orbax' not in record.pathname or not (record.exc_info or 'Skipping merge' in str(record.msg))

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     'kernels_pallas': '',
     'layers': 'config sharding kernels_pallas',
     'model': 'config layers',
+    'checkpoint_params': 'config checkpoint sharding model',
     'loss': '',
     'optimizer': 'config',
     'train_step': 'config sharding layers model loss optimizer',
