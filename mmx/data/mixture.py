@@ -4,6 +4,8 @@ A *passage* is a stretch of whole lines of one document, about four rows of byte
 shuffled and weighted: the standard library's mean file fills 64 rows of 256 bytes, so 200 steps of 16 rows read in
 document order would see 50 of its 730 files, and each row of the batch the same file for a third of the run.
 
+A source that makes its documents in an order of its own, such as a curriculum, keeps it and is made anew for each seed.
+
 Everything here is a pure function of an index: the shuffle is a permutation computed from (seed, epoch), the weights
 choose a source by the index in the mixture, the split looks at the content only. So no process needs to know what
 another one has read.
@@ -12,13 +14,14 @@ another one has read.
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from mmx.config import ConfigError
-from mmx.data import sources
+from mmx.data import sources, symbols
 
 ROWS_PER_PASSAGE = 4  # of seq_len bytes each
 PASSAGES_PER_DOCUMENT = 64  # at most: reading one passage reads its whole document
@@ -107,6 +110,29 @@ class Passages:
     return any(self[index] is not None for index in range(len(self)))
 
 
+@dataclass(frozen=True)
+class Course:
+  """The documents of a `ruler:` source for one side of the split and one seed, by index, in the order of its lessons.
+
+  Held out are documents of the last stage under seeds that no training document has.
+  """
+
+  lessons: symbols.Lessons
+  side: str
+  seed: int = 0
+
+  def __len__(self) -> int:
+    return len(self.lessons)
+
+  def __getitem__(self, index: int) -> symbols.Document:
+    if self.side == 'heldout':
+      return self.lessons.final(symbols.HELDOUT + self.seed, index)
+    return self.lessons.document(symbols.TRAIN + self.seed, index)
+
+  def any(self) -> bool:
+    return True
+
+
 def line_border(content: bytes, place: int, reach: int) -> int:
   """The first end of a line (or of the content) within `reach` bytes after `place`, else the first of a character.
 
@@ -124,14 +150,18 @@ def line_border(content: bytes, place: int, reach: int) -> int:
   return place
 
 
-def shuffle(passages: list[Passages], seed: int, endless: bool) -> list[grain.MapDataset]:
-  """One shuffled dataset for each part; an endless one is shuffled anew every epoch."""
+def shuffle(passages: list[Passages | Course], seed: int, endless: bool) -> list[grain.MapDataset]:
+  """One shuffled dataset for each part; an endless one is shuffled anew every epoch. A course keeps its order."""
   shuffled = []
   for number, part in enumerate(passages):
     # The shuffle of epoch e is that of seed + e, so neighbouring seeds must be spread or they would share epochs.
     spread = hashlib.blake2b(f'{seed} {number}'.encode(), digest_size=4).digest()
-    dataset = grain.MapDataset.source(part).shuffle(int.from_bytes(spread, 'little'))
-    shuffled.append(dataset.repeat() if endless else dataset)
+    part_seed = int.from_bytes(spread, 'little')
+    if isinstance(part, Course):
+      shuffled.append(grain.MapDataset.source(replace(part, seed=part_seed)))
+    else:
+      dataset = grain.MapDataset.source(part).shuffle(part_seed)
+      shuffled.append(dataset.repeat() if endless else dataset)
   return shuffled
 
 

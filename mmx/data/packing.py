@@ -2,7 +2,7 @@
 
 A row is a dict of arrays [T]; a batch stacks rows to [B, T]:
   tokens        int32    ids; a document is its tokens followed by the end-of-document token
-  targets       int32    the next token of the same document, 0 where there is none
+  targets       int32    the next token of the same document, or what a document of `ruler:` asks for; 0 where nothing
   segment_ids   int32    1, 2, ... for the documents of the row, 0 on padding
   positions     int32    0, 1, ... from each document's first token in the row
   loss_mask     float32  1 where `targets` is real
@@ -22,18 +22,22 @@ import grain
 import numpy as np
 
 from mmx.data.mixture import Passage
+from mmx.data.symbols import NO_TARGET, Document
 from mmx.data.tokenizer import Tokenizer
 
 TRAINING_FEATURES = ('tokens', 'targets')
-NO_TARGET = -1
 NUM_BINS = 16  # rows open at a time under first_fit and best_fit; a checkpoint replays at most these
 
 
-def tokenize(passage: Passage, tokenizer: Tokenizer, with_bytes: bool = False) -> dict[str, np.ndarray]:
+def tokenize(passage: Passage | Document, tokenizer: Tokenizer, with_bytes: bool = False) -> dict[str, np.ndarray]:
   """tokens, targets (NO_TARGET at the end) and, if asked, target_bytes: int32 [n], end-of-document where it ends here.
 
-  target_bytes are the UTF-8 bytes that the target stands for; the end of a document stands for none.
+  target_bytes are the UTF-8 bytes that the target stands for; the end of a document stands for none. A document in
+  symbols is tokens and targets already, and each of its answers counts as a byte.
   """
+  if isinstance(passage, Document):
+    features = {'tokens': passage.tokens, 'targets': passage.targets}
+    return features | {'target_bytes': np.int32(passage.targets != NO_TARGET)} if with_bytes else features
   ids = tokenizer.encode(passage.text)
   features = {'tokens': np.append(ids, np.int32(tokenizer.eos_id)) if passage.last else ids}
   features['targets'] = np.append(features['tokens'][1:], np.int32(NO_TARGET))

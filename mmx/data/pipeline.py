@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from mmx.config import ConfigError, DataConfig
-from mmx.data import mixture, packing, sources
+from mmx.data import mixture, packing, sources, symbols
 from mmx.data.tokenizer import Tokenizer
 
 PREFETCHED_BATCHES = 2  # made by a thread while the device computes
@@ -140,10 +140,32 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer) -> str:
   return '; '.join([*corpus, f'tokenizer {tokenizer.fingerprint}'])
 
 
-def open_side(config: DataConfig, side: str) -> tuple[tuple[mixture.Part, ...], list[mixture.Passages]]:
-  parts = mixture.parse(config.source)
-  opened = [sources.open(part.item, config.text_field) for part in parts]
-  return parts, [mixture.Passages(source, config.seq_len, config.heldout_fraction, side) for source in opened]
+def open_side(
+    config: DataConfig, side: str
+) -> tuple[tuple[mixture.Part, ...], list[mixture.Passages | mixture.Course]]:
+  parts, opened = mixture.parse(config.source), []
+  for part in parts:
+    source = sources.open(part.item, config.text_field)
+    if isinstance(source, sources.Ruler):
+      check_uncut(source.lessons, config)
+      opened.append(mixture.Course(source.lessons, side))
+    else:
+      opened.append(mixture.Passages(source, config.seq_len, config.heldout_fraction, side))
+    if isinstance(source, sources.Ruler) != (config.tokenizer == 'symbols'):
+      raise ConfigError(
+          f'data.tokenizer = {config.tokenizer!r} does not fit {part.item!r}: '
+          "ruler: is written in 'symbols', and all else is text"
+      )
+  return parts, opened
+
+
+def check_uncut(lessons: symbols.Lessons, config: DataConfig) -> None:
+  """Raises ConfigError if a row's end could part a document's questions from the facts that they are about."""
+  if config.packing == 'concat':
+    raise ConfigError("data.packing = 'concat' would cut the documents of ruler:; choose 'first_fit' or 'best_fit'")
+  longest = max(stage.length for stage in lessons.stages)
+  if longest > config.seq_len:
+    raise ConfigError(f'data.seq_len = {config.seq_len} would cut the {longest} symbols of a stage in data.source')
 
 
 def local_rows(config: DataConfig, process_index: int, process_count: int) -> list[int]:

@@ -1,7 +1,8 @@
 """Documents by index: `open('kind:path')` gives a `Source` whose `[i]` is the text of one document.
 
 Kinds: `stdlib` (the interpreter's own library), `text:` (a document a file), `jsonl:` (a document a row),
-`arrayrecord:` (a document a record, UTF-8), `synthetic:` (generated from the index). A document that cannot be read is
+`arrayrecord:` (a document a record, UTF-8), `synthetic:` (generated from the index), `ruler:` (long-context tasks in
+symbols with targets of their own, see symbols.py). A document that cannot be read is
 None; its place is logged and counted in `source.malformed`, and the pipeline goes on without it. Sources read at
 access, so a large corpus opens fast; `stdlib` alone is held in memory (12 MB), because removing its duplicates reads
 everything anyway.
@@ -20,9 +21,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmx.config import ConfigError
-from mmx.data import synthetic
+from mmx.data import symbols, synthetic
 
-KINDS = ('stdlib', 'text', 'jsonl', 'arrayrecord', 'synthetic')
+KINDS = ('stdlib', 'text', 'jsonl', 'arrayrecord', 'synthetic', 'ruler')
 STDLIB_EXCLUDED = frozenset({'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'})
 SHOWN_IN_FULL = 5  # malformed rows logged one by one; after that the count is logged at 10, 100, 1000, ...
 
@@ -39,9 +40,12 @@ def open(item: str, text_field: str = 'text') -> 'Source':
       raise ConfigError(f'data.source: {item!r}: stdlib takes no path')
     return standard_library()
   if not where:
-    raise ConfigError(f'data.source: {item!r} names no {"task" if kind == "synthetic" else "path"}; write {kind}:...')
+    what = 'task' if kind in ('synthetic', 'ruler') else 'path'
+    raise ConfigError(f'data.source: {item!r} names no {what}; write {kind}:...')
   if kind == 'synthetic':
     return Synthetic(where)
+  if kind == 'ruler':
+    return Ruler(where)
   if kind == 'text':
     return TextFiles(where)
   if kind == 'jsonl':
@@ -252,6 +256,20 @@ class Synthetic(Source):
 
   def __getitem__(self, index: int) -> str:
     return self.document(index)
+
+
+class Ruler(Source):
+  """Long-context tasks as a course of lessons (symbols.py); mixture.Course gives its documents a seed and a side."""
+
+  def __init__(self, lessons: str):
+    super().__init__(f'ruler:{lessons}', None, 0, lessons)
+    self.lessons = symbols.Lessons.parse(lessons)
+
+  def __len__(self) -> int:
+    return len(self.lessons)
+
+  def __getitem__(self, index: int) -> symbols.Document:
+    return self.lessons.document(symbols.TRAIN, index)
 
 
 def existing_files(name: str, where: str, suffixes: tuple[str, ...] = ('',)) -> list[pathlib.Path]:

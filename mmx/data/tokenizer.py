@@ -1,6 +1,6 @@
-"""Text to token ids and back: bytes as they are, or a Hugging Face `tokenizer.json`.
+"""Text to token ids and back: bytes as they are, a Hugging Face `tokenizer.json`, or symbols that are no text.
 
-Both kinds have `vocab_size`, `eos_id` (the end-of-document token that follows every document), `fingerprint` (a hash of
+All kinds have `vocab_size`, `eos_id` (the end-of-document token that follows every document), `fingerprint` (a hash of
 the content; a checkpoint trained with another tokenizer is refused by it), `encode`, `decode` and `byte_lengths`.
 """
 
@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from mmx.config import ConfigError
+from mmx.data import symbols
 
 END_OF_DOCUMENT = ('<eos>', '</s>', '[e~[', '<|endoftext|>', '<|end_of_text|>')  # '[e~[' is MiniMax's
 
@@ -33,8 +34,9 @@ class Tokenizer(Protocol):
 
 
 def load(name_or_path: str) -> Tokenizer:
-  """'byte', or the path of a tokenizer.json. Raises ConfigError if there is no such file or it is no tokenizer."""
-  return ByteTokenizer() if name_or_path == 'byte' else FileTokenizer(name_or_path)
+  """'byte', 'symbols', or the path of a tokenizer.json. Raises ConfigError if there is no such file or it is none."""
+  own = {'byte': ByteTokenizer, 'symbols': SymbolTokenizer}
+  return own[name_or_path]() if name_or_path in own else FileTokenizer(name_or_path)
 
 
 class ByteTokenizer:
@@ -58,13 +60,31 @@ class ByteTokenizer:
     return np.ones(len(text.encode('utf-8', 'surrogateescape')), np.int32)
 
 
+class SymbolTokenizer:
+  """The symbols of `ruler:` sources (symbols.py); in text, their numbers with blanks between."""
+
+  vocab_size = symbols.VOCAB_SIZE
+  eos_id = symbols.PADDING
+  fingerprint = 'symbols'
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.array(text.split(), np.int32)
+
+  def decode(self, ids) -> str:
+    return ' '.join(str(id) for id in np.asarray(ids).tolist())
+
+  def byte_lengths(self, text: str) -> np.ndarray:
+    """A symbol's number and the blank before it."""
+    return np.array([len(word) + (place > 0) for place, word in enumerate(text.split())], np.int32)
+
+
 class FileTokenizer:
   """A tokenizer.json of the `tokenizers` library. Special tokens are never recognised inside a document's text."""
 
   def __init__(self, path: str):
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
-      raise ConfigError(f"data.tokenizer: no such file {path!r}; give 'byte' or the path of a tokenizer.json")
+      raise ConfigError(f"data.tokenizer: no such file {path!r}; give 'byte', 'symbols' or a path of a tokenizer.json")
     content = file.read_bytes()
     import tokenizers
 
