@@ -7,8 +7,9 @@ from absl import logging
 
 from mmx.kernels_pallas import attention as _attention
 from mmx.kernels_pallas import grouped as _grouped
+from mmx.kernels_pallas import lightning as _lightning
 from mmx.kernels_pallas import reference
-from mmx.kernels_pallas import sparse as _sparse
+from mmx.kernels_pallas import sliding as _sliding
 
 
 class UnsupportedError(ValueError):
@@ -95,41 +96,37 @@ def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementat
   return function(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation)
 
 
-def msa(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, block_size, top_k, implementation,
-        platform):
-  """Attention over blocks that the index branch selects, and its divergence: (out, kl [B]); see `reference.msa`.
+def sliding(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, window, sink_tokens, implementation, platform,
+            past=None):
+  """Causal attention within a window, to sink tokens, and within segments; see `reference.sliding`.
 
   Raises:
     UnsupportedError: an unknown implementation.
   """
-  arguments = q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k
-  return _choose_msa(implementation, platform, _sparse.msa_gather, reference.msa)(*arguments)
-
-
-def msa_prefix_kl(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, implementation, platform):
-  """The divergence of MSA's dense warm-up, kl [B]; see `reference.msa_prefix_kl`."""
-  function = _choose_msa(implementation, platform, _sparse.msa_prefix_kl_gather, reference.msa_prefix_kl)
-  return function(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT)
-
-
-def _choose_msa(implementation, platform, gather, oracle):
   everywhere = ('cpu', 'gpu', 'tpu')
-  table = [('gather', everywhere, ''), ('reference', everywhere, '')]
-  return {'gather': gather, 'reference': oracle}[_choose('msa', table, implementation, platform)]
+  table = [('chunked', everywhere, ''), ('reference', everywhere, '')]
+  name = _choose('sliding', table, implementation, platform)
+  function = {'chunked': _sliding.sliding_chunked, 'reference': reference.sliding}[name]
+  return function(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, window, sink_tokens, past)
 
 
-def msa_cached(q_BTHDh, k_BSKDh, v_BSKDh, index_q_BTKDi, index_k_BSDi, slots_BT, *, block_size, top_k):
-  """T new tokens against a cache of S slots, a multiple of block_size; one form for every platform yet.
+def sliding_slots(q_BTHDh, k_BSKDh, v_BSKDh, slot_positions_BS, positions_BT, *, window, sink_tokens):
+  """Decoding against a cache of window and sinks; one form for every platform yet."""
+  return _sliding.sliding_slots(q_BTHDh, k_BSKDh, v_BSKDh, slot_positions_BS, positions_BT, window, sink_tokens)
 
-  A query at slot i sees the slots up to i; at slot -1 it is padding and gets zeros. Returns [B, T, H, Dh].
+
+def lightning(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh=None, *, chunk, implementation,
+              platform):
+  """Linear attention with a decay per head: (o [B, T, H, Dh], state [B, H, Dh, Dh]); see `reference.lightning`.
+
+  Raises:
+    UnsupportedError: an unknown implementation.
   """
-  return _sparse.msa_cached_gather(
-      q_BTHDh, k_BSKDh, v_BSKDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k
-  )
-
-
-def msa_recall(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, block_size, top_k):
-  """(block recall, score recall) of a sample of queries: scalars that say how well selection meets full attention."""
-  return _sparse.msa_recall_sample(
-      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k
-  )
+  everywhere = ('cpu', 'gpu', 'tpu')
+  table = [('chunked', everywhere, ''), ('reference', everywhere, '')]
+  name = _choose('lightning', table, implementation, platform)
+  function = {
+      'chunked': functools.partial(_lightning.lightning_chunked, chunk=chunk),
+      'reference': reference.lightning,
+  }[name]
+  return function(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh)

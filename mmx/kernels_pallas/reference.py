@@ -132,3 +132,69 @@ def msa_recall(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, bl
   chosen_BTKP = jax.nn.one_hot(ids_BTKk, P, dtype=bool).any(axis=3)  # -1 is none
   block_recall = jnp.sum(best_BTKP & chosen_BTKP, axis=-1) / jnp.sum(best_BTKP, axis=-1)
   return block_recall, jnp.sum(jnp.where(chosen_BTKP, mass_BTKP, 0), axis=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sliding windows and Lightning attention
+
+
+def sliding(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, window, sink_tokens=0, past=None):
+  """Attention to the `window` positions up to the query's own, and to the first `sink_tokens` of its document.
+
+  Args:
+    segment_ids_BT: int32, documents of a row ascend; tokens of one stand together.
+    positions_BT: int32, within the document.
+    past: None, or for rows of one document (k_BPKDh, v_BPKDh, positions_BP) of tokens before, in any order, negative
+      positions where there is none; what is not before the row's first new token does not count.
+  """
+  B, T, H, Dh = q_BTHDh.shape
+  K = k_BTKDh.shape[2]
+  key_segments_BS, key_positions_BS = segment_ids_BT, positions_BT
+  if past:
+    k_BPKDh, v_BPKDh, past_positions_BP = past
+    there_BP = (past_positions_BP >= 0) & (past_positions_BP < positions_BT[:, :1])
+    k_BTKDh, v_BTKDh = (jnp.concatenate(pair, axis=1) for pair in ((k_BPKDh, k_BTKDh), (v_BPKDh, v_BTKDh)))
+    key_segments_BS = jnp.concatenate([jnp.where(there_BP, segment_ids_BT[:, :1], -1), segment_ids_BT], axis=1)
+    key_positions_BS = jnp.concatenate([past_positions_BP, positions_BT], axis=1)
+  behind_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
+  near_BTS = (behind_BTS < window) | (key_positions_BS < sink_tokens)[:, None, :]
+  visible_BTS = (segment_ids_BT[:, :, None] == key_segments_BS[:, None, :]) & (behind_BTS >= 0) & near_BTS
+  q_BTKGDh = q_BTHDh.reshape(B, T, K, H // K, Dh)
+  scores_BKGTS = jnp.einsum('btkgd,bskd->bkgts', q_BTKGDh, k_BTKDh, preferred_element_type=jnp.float32) * Dh**-0.5
+  scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+  probabilities = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BTKDh.dtype)
+  return jnp.einsum('bkgts,bskd->btkgd', probabilities, v_BTKDh).reshape(B, T, H, Dh)
+
+
+def lightning(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh=None):
+  """S_t = exp(-slope) S_{t-1} + k_t^T v_t, o_t = q_t S_t, token by token in float32 (MiniMax-01, section 2.2).
+
+  Args:
+    slopes_H: float32, 0 or more; constants, to which no gradient flows.
+    segment_ids_BT: int32, documents of a row ascend; tokens of one stand together. A new one starts with S = 0; on
+      padding, segment 0, S stays and o is 0.
+    state_BHDhDh: S before the row, of the document that the row's first token belongs to; None is 0.
+
+  Returns:
+    o [B, T, H, Dh] in the dtype of q, and S behind the row, float32 [B, H, Dh, Dh].
+  """
+  B, T, H, Dh = q_BTHDh.shape
+  if state_BHDhDh is None:
+    state_BHDhDh = jnp.zeros((B, H, Dh, Dh))
+  decay_H = jnp.exp(-jax.lax.stop_gradient(slopes_H.astype(jnp.float32)))
+
+  def step(carry, token):
+    state_BHDhDh, document_B = carry
+    q_BHDh, k_BHDh, v_BHDh, segment_B = token
+    real_B = segment_B > 0
+    begins_B = real_B & (document_B > 0) & (segment_B != document_B)
+    old_BHDhDh = jnp.where(begins_B[:, None, None, None], 0, state_BHDhDh) * decay_H[None, :, None, None]
+    new_BHDhDh = old_BHDhDh + jnp.einsum('bhd,bhe->bhde', k_BHDh, v_BHDh, precision='float32')
+    o_BHDh = jnp.einsum('bhd,bhde->bhe', q_BHDh, new_BHDhDh, precision='float32')
+    state_BHDhDh = jnp.where(real_B[:, None, None, None], new_BHDhDh, state_BHDhDh)
+    return (state_BHDhDh, jnp.where(real_B, segment_B, document_B)), jnp.where(real_B[:, None, None], o_BHDh, 0)
+
+  tokens = (*(a.astype(jnp.float32).swapaxes(0, 1) for a in (q_BTHDh, k_BTHDh, v_BTHDh)), segment_ids_BT.T)
+  start = state_BHDhDh.astype(jnp.float32), jnp.zeros_like(segment_ids_BT[:, 0])
+  (state_BHDhDh, _), o_TBHDh = jax.lax.scan(step, start, tokens)
+  return o_TBHDh.swapaxes(0, 1).astype(q_BTHDh.dtype), state_BHDhDh

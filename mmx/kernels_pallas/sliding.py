@@ -1,0 +1,165 @@
+"""Sliding-window attention with sink tokens, in chunks of queries; equal to `reference.sliding`.
+
+A query at position i of its document sees positions j with i - W < j <= i, and those below Z, the document's first. A
+chunk of c queries meets at most Z + W - 1 + c keys: the sinks, the W - 1 keys before it, which the scan carries from
+chunk to chunk, and its own. Work is T (W + c + Z) Dh per head with c about W/4, whatever the length.
+
+One set of sinks per chunk is exact although documents of a packed row start anywhere: a query whose sinks lie before
+all other keys of its chunk belongs to the document in which the first of these keys stands, and so do its sinks.
+
+Letters: B batch, T tokens, H query heads, K kv heads, G = H/K, Dh head dim, W window, Z sinks, P past keys, N chunks,
+c queries of a chunk, R = G*c, S keys.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+NOWHERE = -1  # segment and position of a key that is not there
+
+
+def sliding_chunked(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, window, sink_tokens=0, past=None):
+  """See `reference.sliding`, with the same arguments.
+
+  Differentiated as it stands: jax.checkpoint makes a chunk's scores again in the backward pass, so that no scores are
+  kept, only the carried keys: k and v, W/c times. On CPU that takes 0.4 to 0.8 of the time of a backward pass by hand
+  from the logsumexp, which has to add into the gradients of all keys at every chunk.
+  """
+  B, T, H, Dh = q_BTHDh.shape
+  K = k_BTKDh.shape[2]
+  chunk = min(T, max(16, window // 4))
+  heads_first = lambda a_BTKDh: _in_chunks(a_BTKDh, chunk).swapaxes(2, 3)
+  q_NBKRDh = heads_first(q_BTHDh * Dh**-0.5).reshape(-1, B, K, H // K * chunk, Dh)
+  own = heads_first(k_BTKDh), heads_first(v_BTKDh), _in_chunks(segment_ids_BT, chunk), _in_chunks(positions_BT, chunk)
+
+  new = k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT
+  past = _in_order(past, new) if past else tuple(a[:, :0] for a in new)
+  P = past[0].shape[1]
+  carried = min(window - 1, P + T - 1)
+  before = tuple(_last(a, carried, fill) for a, fill in zip(past, (0, 0, NOWHERE, NOWHERE)))
+  before = *(a.swapaxes(1, 2) for a in before[:2]), *before[2:]
+  sinks = ()
+  if sink_tokens:
+    every = tuple(jnp.concatenate(pair, axis=1) for pair in zip(past, new)) if P else new
+    sinks = _sinks(every, P, P - carried + jnp.arange(q_NBKRDh.shape[0]) * chunk, sink_tokens)
+  step = functools.partial(_one_chunk, window, sink_tokens)
+  _, out_NBKRDh = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), before, (q_NBKRDh, own, sinks))
+  out_NBHcDh = out_NBKRDh.reshape(-1, B, H, chunk, Dh)
+  return out_NBHcDh.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, Dh)[:, :T]
+
+
+def sliding_slots(q_BTHDh, k_BSKDh, v_BSKDh, slot_positions_BS, positions_BT, window, sink_tokens=0):
+  """Few queries (decoding: one) against a cache that holds their own keys too; slots are in any order.
+
+  Args:
+    slot_positions_BS: int32, the position of the key in each slot, negative where there is none.
+    positions_BT: int32, of the queries.
+  """
+  B, T, H, Dh = q_BTHDh.shape
+  K = k_BSKDh.shape[2]
+  q_BKRDh = (q_BTHDh * Dh**-0.5).reshape(B, T, K, H // K, Dh).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, Dh)
+  seen_BTS = _in_sight(positions_BT, slot_positions_BS, window, sink_tokens) & (slot_positions_BS >= 0)[:, None]
+  out_BKRDh = _attend(q_BKRDh, k_BSKDh.swapaxes(1, 2), v_BSKDh.swapaxes(1, 2), seen_BTS)
+  return out_BKRDh.reshape(B, H, T, Dh).swapaxes(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one chunk
+
+
+def _one_chunk(window, sink_tokens, before, xs):
+  """(keys, values, segments, positions) before the chunk, chunk -> (the same before the next), out [B, K, R, Dh]."""
+  q_BKRDh, own, sinks = xs
+  carried = before[2].shape[1]
+  k_BKSDh, v_BKSDh, segment_ids_BS, positions_BS = (
+      jnp.concatenate(parts, axis=axis)
+      for parts, axis in zip(zip(*(part for part in (sinks, before, own) if part)), (2, 2, 1, 1))
+  )
+  same_BcS = own[2][:, :, None] == segment_ids_BS[:, None, :]
+  seen_BcS = same_BcS & _in_sight(own[3], positions_BS, window, sink_tokens)
+  out_BKRDh = _attend(q_BKRDh, k_BKSDh, v_BKSDh, seen_BcS)
+  last = lambda a, axis: jax.lax.slice_in_dim(a, a.shape[axis] - carried, a.shape[axis], axis=axis)
+  return (last(k_BKSDh, 2), last(v_BKSDh, 2), last(segment_ids_BS, 1), last(positions_BS, 1)), out_BKRDh
+
+
+def _in_sight(query_BT, key_BS, window, sink_tokens):
+  """bool [B, T, S], by positions in the document."""
+  behind_BTS = query_BT[:, :, None] - key_BS[:, None, :]
+  return (behind_BTS >= 0) & ((behind_BTS < window) | (key_BS < sink_tokens)[:, None, :])
+
+
+def _attend(q_BKRDh, k_BKSDh, v_BKSDh, seen_BcS):
+  """Softmax attention of scaled queries; R = G*c, as the heads of a group share keys."""
+  B, c, S = seen_BcS.shape
+  K, R = q_BKRDh.shape[1:3]
+  scores = _batched(q_BKRDh, k_BKSDh, 3, 3).reshape(B, K, R // c, c, S)
+  # Not -inf: a query sees itself, but a row of a batch that sits a decoding step out may see nothing.
+  weights = jax.nn.softmax(jnp.where(seen_BcS[:, None, None], scores, -1e30), axis=-1).astype(v_BKSDh.dtype)
+  return _batched(weights.reshape(B, K, R, S), v_BKSDh, 3, 2).astype(q_BKRDh.dtype)
+
+
+def _batched(a, b, axis_a, axis_b):
+  """Matrix product over [B, K] leading axes, accumulated in float32."""
+  dims = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# which keys a chunk gets
+
+
+def _in_chunks(a_BT, chunk):
+  """[B, T, ...] -> [N, B, c, ...], padded with zeros."""
+  B, T = a_BT.shape[:2]
+  padded = jnp.pad(a_BT, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (a_BT.ndim - 2))
+  return jnp.moveaxis(padded.reshape(B, -1, chunk, *a_BT.shape[2:]), 1, 0)
+
+
+def _last(a_BP, count, fill):
+  """The last `count` along axis 1, with `fill` in front where there are fewer."""
+  a_BP = a_BP[:, max(a_BP.shape[1] - count, 0):]
+  missing = ((0, 0), (count - a_BP.shape[1], 0)) + ((0, 0),) * (a_BP.ndim - 2)
+  return jnp.pad(a_BP, missing, constant_values=fill)
+
+
+def _in_order(past, new):
+  """Past keys and values by position, those that are not there first; with the row's segment id and their positions."""
+  k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT = new
+  k_BPKDh, v_BPKDh, positions_BP = past
+  k_BPKDh, v_BPKDh = k_BPKDh.astype(k_BTKDh.dtype), v_BPKDh.astype(v_BTKDh.dtype)
+  positions_BP = jnp.where(positions_BP < positions_BT[:, :1], positions_BP, NOWHERE)
+  order_BP = jnp.argsort(positions_BP, axis=1)
+  positions_BP = jnp.take_along_axis(positions_BP, order_BP, axis=1)
+  segment_ids_BP = jnp.where(positions_BP < 0, NOWHERE, segment_ids_BT[:, :1])
+  k_BPKDh, v_BPKDh = (jnp.take_along_axis(a, order_BP[:, :, None, None], axis=1) for a in (k_BPKDh, v_BPKDh))
+  return k_BPKDh, v_BPKDh, segment_ids_BP, positions_BP
+
+
+def _sinks(every, P, first_N, sink_tokens):
+  """The sinks that each chunk does not hold anyway, as part of its keys: ([N, B, K, Z, Dh] twice, [N, B, Z] twice).
+
+  Args:
+    every: keys, values, segments and positions [B, P + T, ...], past and new.
+    P: past keys, in order.
+    first_N: where in `every` the keys of each chunk begin.
+  """
+  k_BSKDh, v_BSKDh, segment_ids_BS, positions_BS = every
+  begin_N = jnp.maximum(first_N, 0)
+  if P:  # one document: it begins behind the slots that are empty
+    start_BN = jnp.sum(positions_BS[:, :P] < 0, axis=1, dtype=jnp.int32)[:, None] + jnp.zeros_like(begin_N)[None]
+  else:
+    start_BN = begin_N[None] - positions_BS[:, begin_N]
+  slot_BNZ = start_BN[:, :, None] + jnp.arange(sink_tokens)[None, None, :]
+  there_BNZ = (slot_BNZ >= 0) & (slot_BNZ < first_N[None, :, None])
+  slot_BM = jnp.where(there_BNZ, slot_BNZ, 0).reshape(k_BSKDh.shape[0], -1)
+  segment_ids_BNZ, positions_BNZ = (
+      jnp.where(there_BNZ, jnp.take_along_axis(a, slot_BM, axis=1).reshape(slot_BNZ.shape), NOWHERE)
+      for a in (segment_ids_BS, positions_BS)
+  )
+  k_NBKZDh, v_NBKZDh = (
+      jnp.take_along_axis(a, slot_BM[:, :, None, None], axis=1)
+      .reshape(*slot_BNZ.shape, *a.shape[2:]).transpose(1, 0, 3, 2, 4)
+      for a in (k_BSKDh, v_BSKDh)
+  )
+  return k_NBKZDh, v_NBKZDh, segment_ids_BNZ.swapaxes(0, 1), positions_BNZ.swapaxes(0, 1)
