@@ -10,6 +10,7 @@ from mmx.kernels_pallas import grouped as _grouped
 from mmx.kernels_pallas import lightning as _lightning
 from mmx.kernels_pallas import reference
 from mmx.kernels_pallas import sliding as _sliding
+from mmx.kernels_pallas import sparse as _sparse
 
 
 class UnsupportedError(ValueError):
@@ -130,3 +131,43 @@ def lightning(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh=
       'reference': reference.lightning,
   }[name]
   return function(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh)
+
+
+def msa(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, block_size, top_k, implementation,
+        platform):
+  """Attention over blocks that the index branch selects, and its divergence: (out, kl [B]); see `reference.msa`.
+
+  Raises:
+    UnsupportedError: an unknown implementation.
+  """
+  arguments = q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k
+  return _choose_msa(implementation, platform, _sparse.msa_gather, reference.msa)(*arguments)
+
+
+def msa_prefix_kl(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, implementation, platform):
+  """The divergence of MSA's dense warm-up, kl [B]; see `reference.msa_prefix_kl`."""
+  function = _choose_msa(implementation, platform, _sparse.msa_prefix_kl_gather, reference.msa_prefix_kl)
+  return function(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT)
+
+
+def _choose_msa(implementation, platform, gather, oracle):
+  everywhere = ('cpu', 'gpu', 'tpu')
+  table = [('gather', everywhere, ''), ('reference', everywhere, '')]
+  return {'gather': gather, 'reference': oracle}[_choose('msa', table, implementation, platform)]
+
+
+def msa_cached(q_BTHDh, k_BSKDh, v_BSKDh, index_q_BTKDi, index_k_BSDi, slots_BT, *, block_size, top_k):
+  """T new tokens against a cache of S slots, a multiple of block_size; one form for every platform yet.
+
+  A query at slot i sees the slots up to i; at slot -1 it is padding and gets zeros. Returns [B, T, H, Dh].
+  """
+  return _sparse.msa_cached_gather(
+      q_BTHDh, k_BSKDh, v_BSKDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k
+  )
+
+
+def msa_recall(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, block_size, top_k):
+  """(block recall, score recall) of a sample of queries: scalars that say how well selection meets full attention."""
+  return _sparse.msa_recall_sample(
+      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k
+  )

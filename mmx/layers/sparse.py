@@ -1,7 +1,25 @@
-"""MiniMax Sparse Attention: the mixer 'msa'."""
+"""MiniMax Sparse Attention (arXiv:2606.13392; M3's form of it): the mixer 'msa'.
+
+Full attention's projections, an index branch that scores blocks of keys, and attention to the best blocks. The index
+branch learns from its divergence from the attention it steers (`IndexAux.kl`) and from nothing else; it sees the
+layer's input detached, so that it moves nothing else either.
+"""
+
+import functools
 
 import jax
+import jax.numpy as jnp
+from flax import linen as nn
 from flax import struct
+from jax.sharding import Mesh, PartitionSpec as P
+
+from mmx import sharding
+from mmx.config import ModelConfig
+from mmx.kernels_pallas import api
+from mmx.layers import attention
+from mmx.layers.context import Context
+from mmx.layers.norm import norm
+from mmx.sharding import fan_in_normal, param
 
 
 @struct.dataclass
@@ -11,3 +29,98 @@ class IndexAux:
   kl: jax.Array  # mean over queries and kv heads of KL(teacher || index branch), in nats
   block_recall: jax.Array  # share of the best top_k blocks, by the teacher's mass, that were selected
   score_recall: jax.Array  # share of the teacher's mass that the selected blocks hold
+
+
+class SparseAttention(nn.Module):
+  """Attention to the top_k blocks that the index branch selects for each query and kv head, its own among them.
+
+  Blocks are counted from the start of the row. `context.warmup` switches to full attention with the divergence over all
+  that a query sees, within one compiled program.
+  """
+
+  model: ModelConfig
+  out_scale: float
+  mesh: Mesh | None
+
+  @nn.compact
+  def __call__(self, x_BTD, context: Context, layer_index, cache):
+    """x [B, T, D] -> (y [B, T, D], the cache with these tokens, IndexAux in training)."""
+    c = self.model.msa
+    q_BTHDh, k_BTKDh, v_BTKDh, keys_x_BTD, kept = attention.project(
+        self, self.model, x_BTD, context, cache, self.mesh
+    )
+    index_q_BTKDi, index_k_BTDi = self._index(*jax.lax.stop_gradient((x_BTD, keys_x_BTD)), context)
+    if cache is None:
+      inputs = q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, context.segment_ids_BT
+      out_BTHDh, aux = self._train(inputs, context.warmup)
+    else:
+      new = {'k': k_BTKDh, 'v': v_BTKDh, 'index_k': index_k_BTDi}
+      cache = kept | attention.append({name: cache[name] for name in new}, new, context)
+      slots_BT = jnp.where(context.segment_ids_BT > 0, context.positions_BT, -1)
+      out_BTHDh, aux = api.msa_cached(
+          q_BTHDh, cache['k'], cache['v'], index_q_BTKDi, cache['index_k'], slots_BT,
+          block_size=c.block_size, top_k=c.top_k,
+      ), None
+    return attention.project_out(self, out_BTHDh, x_BTD.shape[-1], self.out_scale), cache, aux
+
+  def _index(self, x_BTD, keys_x_BTD, context):
+    """Index queries [B, T, K, Di], one head per kv head, and index keys [B, T, Di], one head for all."""
+    m, c = self.model, self.model.msa
+    D, K, Di = x_BTD.shape[-1], m.attention.num_kv_heads, c.index_dim
+    w_q = param(self, 'w_index_q', (D, K, Di), ('embed', 'kv_heads', 'head_dim'), fan_in_normal(D))
+    key_init = attention.key_init(m.attention.qk_init, D, lambda: w_q[:, 0])
+    w_k = param(self, 'w_index_k', (D, Di), ('embed', 'head_dim'), key_init)
+    q_BTKDi = jnp.einsum('btd,dki->btki', x_BTD, w_q.astype(x_BTD.dtype))
+    k_BT1Di = (keys_x_BTD @ w_k.astype(x_BTD.dtype))[:, :, None]
+    if c.index_norm == 'per_head':
+      q_BTKDi = norm(self, 'index_q_norm', m.norm, q_BTKDi, m.norm_eps)
+      k_BT1Di = norm(self, 'index_k_norm', m.norm, k_BT1Di, m.norm_eps)
+    return attention.rotated(m, context, q_BTKDi), attention.rotated(m, context, k_BT1Di)[:, :, 0]
+
+  def _train(self, inputs, warmup):
+    """Attention [B, T, H, Dh] and IndexAux, sparse or, in the warm-up, dense."""
+    c = self.model.msa
+    blocks = {'block_size': c.block_size, 'top_k': c.top_k}
+    choice = {'implementation': c.implementation, 'platform': sharding.platform_of(self.mesh)}
+
+    def sparse(q, k, v, index_q, index_k, segment_ids):
+      function = functools.partial(api.msa, **blocks, **choice)
+      return self._sharded(function, (True, False), q, k, v, index_q, index_k, segment_ids)
+
+    def dense(q, k, v, index_q, index_k, segment_ids):
+      choice_of_full = choice | {'implementation': self.model.attention.implementation}
+      out = api.attend(q, k, v, segment_ids, mesh=self.mesh, **choice_of_full)
+      function = lambda *inputs: (api.msa_prefix_kl(*inputs, **choice),)
+      return out, *self._sharded(function, (False,), q, k, index_q, index_k, segment_ids)
+
+    out, kl = sparse(*inputs) if warmup is None else jax.lax.cond(warmup, dense, sparse, *inputs)
+    q, k, _, index_q, index_k, segment_ids = inputs
+    block_recall, score_recall = api.msa_recall(q, k, index_q, index_k, segment_ids, **blocks)
+    queries = jnp.maximum(k.shape[2] * jnp.sum(segment_ids > 0), 1)
+    return out, IndexAux(jnp.sum(kl) / queries, block_recall, score_recall)
+
+  def _sharded(self, function, are_heads, *inputs):
+    """Runs `function` on each device's rows and kv heads; its outputs are [B, T, heads, ...], or [B] sums over heads.
+
+    Left to the partitioner, sorting and gathering pairs of all rows together would collect them on every device.
+    """
+    if self.mesh is None or self.mesh.size == 1:
+      return function(*inputs)
+    q_BTHDh, k_BTKDh = inputs[:2]
+    rows, heads = sharding.spec_of(('batch', 'kv_heads'), (q_BTHDh.shape[0], k_BTKDh.shape[2]), self.mesh)
+    spec = lambda a: P(rows, None, heads, None) if a.ndim == 4 else P(rows)
+    local = lambda *inputs: tuple(
+        out if is_heads else out[:, None] for out, is_heads in zip(function(*inputs), are_heads)
+    )
+    out_specs = tuple(P(rows, None, heads, None) if is_heads else P(rows, heads) for is_heads in are_heads)
+    outs = jax.shard_map(
+        local, mesh=self.mesh, in_specs=tuple(map(spec, inputs)), out_specs=out_specs, check_vma=False
+    )(*inputs)
+    return tuple(out if is_heads else jnp.sum(out, axis=1) for out, is_heads in zip(outs, are_heads))
+
+
+def init_cache(model: ModelConfig, batch_size: int, max_length: int, dtype):
+  """Full attention's cache and 'index_k' [B, S, Di]; S is max_length rounded up to whole blocks."""
+  S = -(-max_length // model.msa.block_size) * model.msa.block_size
+  index_k = jnp.zeros((batch_size, S, model.msa.index_dim), dtype)
+  return attention.init_cache(model, batch_size, S, dtype) | {'index_k': index_k}

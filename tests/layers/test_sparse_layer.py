@@ -1,0 +1,252 @@
+"""The MSA layer: full attention where it selects all, two branches that learn apart, decode = prefill = train."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import linen as nn
+
+from mmx import sharding
+from mmx.config import MeshConfig
+from mmx.layers import attention, sparse
+from mmx.layers.context import Context
+
+LENGTH = 42  # not a multiple of the block
+INDEX = {'w_index_q', 'w_index_k', 'index_q_norm', 'index_k_norm'}
+
+
+def model(top_k=3, **overrides):
+  sizes = {'model__msa__block_size': 4, 'model__msa__top_k': top_k, 'model__msa__index_dim': 8}
+  return tiny.experiment(**sizes | {'model__key_shift': 'learned'} | overrides).model
+
+
+def packed(*lengths, padding=0):
+  """The context of one row that holds documents of these lengths, padding last."""
+  positions = np.concatenate([np.arange(n) for n in (*lengths, padding)])
+  segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, padding])
+  return Context(jnp.asarray(positions[None], jnp.int32), jnp.asarray(segments[None], jnp.int32))
+
+
+def build(config, rows=1, seed=0, mesh=None):
+  """The layer, its parameters (norms and gates randomised too), and x [rows, LENGTH, D]."""
+  mixer = sparse.SparseAttention(config, 1.0, mesh)
+  x_BTD = jax.random.normal(jax.random.key(seed), (rows, LENGTH, config.d_model))
+  whole = jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), packed(LENGTH))
+  tree = nn.unbox(sparse.SparseAttention(config, 1.0, None).init(jax.random.key(1), x_BTD, whole, 0, None))
+  leaves, treedef = jax.tree.flatten(tree)
+  keys = jax.random.split(jax.random.key(2), len(leaves))
+  tree = treedef.unflatten([a + 0.1 * jax.random.normal(key, a.shape) for a, key in zip(leaves, keys)])
+  return mixer, tree, x_BTD, whole
+
+
+def close(found, wanted, tolerance=2e-5):
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * float(jnp.abs(wanted).max()))
+
+
+def run(mixer, tree, x_BTD, context):
+  """(y, aux), compiled."""
+  return jax.jit(lambda tree, x, context: mixer.apply(tree, x, context, 0, None)[::2])(tree, x_BTD, context)
+
+
+def gradients(mixer, tree, x_BTD, context, loss):
+  """Of loss(y, aux), with respect to the parameters and x."""
+  scalar = lambda tree, x: loss(*run(mixer, tree, x, context))
+  tree, x = jax.jit(jax.grad(scalar, (0, 1)))(tree, x_BTD)
+  return tree['params'], x
+
+
+def lm_loss(y_BTD, aux):
+  return jnp.sum(jnp.sin(3 * y_BTD))
+
+
+def kl_loss(y_BTD, aux):
+  return aux.kl
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what it computes
+
+
+def test_parameters_have_the_names_and_shapes_of_the_family():
+  config = model(model__attention__qk_norm='per_head')
+  tree = build(config)[1]['params']
+  shapes = {name: a.shape for name, a in tree.items()}
+  assert shapes == {
+      'w_q': (32, 4, 8), 'w_k': (32, 2, 8), 'w_v': (32, 2, 8), 'w_o': (4, 8, 32), 'q_norm': (8,), 'k_norm': (8,),
+      'key_shift': (2, 32), 'w_index_q': (32, 2, 8), 'w_index_k': (32, 8), 'index_q_norm': (8,), 'index_k_norm': (8,),
+  }
+  assert not INDEX & build(model(model__msa__index_norm='none'))[1]['params'].keys() - {'w_index_q', 'w_index_k'}
+
+
+def test_index_keys_start_as_the_first_index_query_head_when_asked():
+  config = model(model__attention__qk_init='equal')
+  mixer, _, x_BTD, context = build(config)
+  tree = nn.unbox(mixer.init(jax.random.key(3), x_BTD, context, 0, None))['params']
+  np.testing.assert_array_equal(tree['w_index_k'], tree['w_index_q'][:, 0])
+
+
+@pytest.mark.parametrize('family', [{}, {'model__norm': 'gemma', 'model__attention__qk_norm': 'per_head'}])
+def test_msa_with_k_of_all_blocks_equals_full_attention_in_values_and_gradients(family):
+  config = model(top_k=11, **family)
+  mixer, tree, x_BTD, _ = build(config)
+  context = packed(17, 20, padding=5)
+  full = attention.Attention(config, 1.0, None)
+  found, aux = run(mixer, tree, x_BTD, context)
+  close(found, run(full, tree, x_BTD, context)[0])
+  assert aux.block_recall == 1 and abs(aux.score_recall - 1) < 1e-6
+  found, found_x = gradients(mixer, tree, x_BTD, context, lm_loss)
+  wanted, wanted_x = gradients(full, tree, x_BTD, context, lm_loss)
+  close(found_x, wanted_x)
+  for name in tree['params'].keys() - INDEX:
+    close(found[name], wanted[name])
+
+
+def test_msa_with_few_blocks_differs_from_full_attention():
+  mixer, tree, x_BTD, context = build(model(top_k=2))
+  found, aux = run(mixer, tree, x_BTD, context)
+  wanted, _ = run(attention.Attention(model(), 1.0, None), tree, x_BTD, context)
+  assert jnp.abs(found - wanted)[0, :8].max() < 1e-5 < 0.01 < jnp.abs(found - wanted)[0, 8:].max()
+  assert 0 < aux.block_recall < 1 and 0 < aux.score_recall < 1
+
+
+def test_lm_loss_gives_index_parameters_no_gradient():
+  for warmup in (None, False, True):
+    mixer, tree, x_BTD, context = build(model())
+    context = dataclasses.replace(context, warmup=None if warmup is None else jnp.asarray(warmup))
+    found, x = gradients(mixer, tree, x_BTD, context, lm_loss)
+    assert {name for name, a in found.items() if jnp.any(a != 0)} == found.keys() - INDEX
+    assert jnp.any(x != 0)
+
+
+def test_index_branch_kl_moves_only_index_parameters():
+  for warmup in (None, False, True):
+    mixer, tree, x_BTD, context = build(model())
+    context = dataclasses.replace(context, warmup=None if warmup is None else jnp.asarray(warmup))
+    found, x = gradients(mixer, tree, x_BTD, context, kl_loss)
+    assert {name for name, a in found.items() if jnp.any(a != 0)} == INDEX
+    assert not jnp.any(x != 0)
+
+
+def test_warmup_is_full_attention_and_one_program_serves_both_phases():
+  mixer, tree, x_BTD, context = build(model(top_k=2))
+  phase = jax.jit(lambda warmup: mixer.apply(tree, x_BTD, dataclasses.replace(context, warmup=warmup), 0, None)[::2])
+  (dense, dense_aux), (chosen, chosen_aux) = phase(jnp.asarray(True)), phase(jnp.asarray(False))
+  assert phase._cache_size() == 1
+  close(dense, run(attention.Attention(model(), 1.0, None), tree, x_BTD, context)[0])
+  wanted, wanted_aux = run(mixer, tree, x_BTD, context)
+  close(chosen, wanted)
+  close(chosen_aux.kl, wanted_aux.kl)
+  all_blocks = run(sparse.SparseAttention(model(top_k=11), 1.0, None), tree, x_BTD, context)[1]
+  close(dense_aux.kl, all_blocks.kl)
+  assert abs(dense_aux.kl - chosen_aux.kl) > 1e-3
+  close(dense_aux.block_recall, wanted_aux.block_recall)
+
+
+def test_index_branch_learns_to_follow_its_teacher():
+  """Gradient descent on the divergence alone raises the share of the teacher's mass that is selected."""
+  mixer, tree, x_BTD, context = build(model(top_k=3, model__key_shift='none'))
+  context = dataclasses.replace(context, warmup=jnp.asarray(True))
+  scalar = lambda tree: (lambda aux: (aux.kl, aux))(run(mixer, tree, x_BTD, context)[1])
+
+  @jax.jit
+  def step(tree):
+    (_, aux), gradient = jax.value_and_grad(scalar, has_aux=True)(tree)
+    return jax.tree.map(lambda a, g: a - 2.0 * g, tree, gradient), aux
+
+  tree, before = step(tree)
+  for _ in range(60):
+    tree, after = step(tree)
+  assert after.kl < 0.3 * before.kl
+  assert after.block_recall > before.block_recall + 0.1 and after.score_recall > before.score_recall + 0.02
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# who sees whom
+
+
+def test_msa_is_causal_by_gradient():
+  mixer, tree, x_BTD, context = build(model())
+  at = 25
+  gradient = jax.grad(lambda x: jnp.sum(jnp.sin(run(mixer, tree, x, context)[0][0, at])))(x_BTD)[0]
+  assert not jnp.any(gradient[at + 1 :]) and jnp.any(gradient[at]) and jnp.any(gradient[: at - 4])
+
+
+def test_packing_isolates_documents():
+  """No information passes: with k of all blocks as alone; with few, whatever the neighbour says."""
+  lengths = 15, 19
+  context = packed(*lengths, padding=LENGTH - sum(lengths))
+  mixer, tree, x_BTD, _ = build(model(top_k=11))
+  together = run(mixer, tree, x_BTD, context)[0]
+  start = 0
+  for length in lengths:
+    alone = run(mixer, tree, x_BTD[:, start : start + length], packed(length))[0]
+    close(together[:, start : start + length], alone)
+    start += length
+
+  mixer, tree, x_BTD, _ = build(model(top_k=2))
+  here = np.asarray(context.segment_ids_BT)[0] == 2
+  noise = jax.random.normal(jax.random.key(9), x_BTD.shape)
+  other = jnp.where(here[None, :, None], x_BTD, 5 * noise)
+  found, wanted = (run(mixer, tree, x, context)[0][:, here] for x in (other, x_BTD))
+  np.testing.assert_array_equal(found, wanted)
+
+
+def test_padding_counts_in_no_statistic():
+  mixer, tree, x_BTD, _ = build(model(top_k=2))
+  context = packed(30, padding=LENGTH - 30)
+  noise = jnp.where(context.segment_ids_BT[..., None] > 0, x_BTD, 7.0)
+  found, wanted = (run(mixer, tree, x, context)[1] for x in (noise, x_BTD))
+  np.testing.assert_array_equal(jax.tree.leaves(found), jax.tree.leaves(wanted))
+  alone = run(mixer, tree, x_BTD[:, :30], packed(30))[1]
+  close(found.kl, alone.kl)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# caches and devices
+
+
+def serve(mixer, tree, cache, x_BTD, chunks):
+  """Outputs of all tokens, fed in chunks [(T, tokens of each row in it)], the rest of a row being padding."""
+  apply = jax.jit(lambda x, context, cache: mixer.apply(tree, x, context, 0, cache)[:2])
+  B = x_BTD.shape[0]
+  done_B, y_BTD = np.zeros(B, int), np.full(x_BTD.shape, np.nan)
+  for T, new_B in chunks:
+    slot_BT = done_B[:, None] + np.arange(T)
+    real_BT = np.arange(T) < np.array(new_B)[:, None]
+    x_chunk = jnp.where(real_BT[..., None], x_BTD[np.arange(B)[:, None], np.minimum(slot_BT, LENGTH - 1)], 99.0)
+    y_chunk, cache = apply(x_chunk, Context(jnp.asarray(slot_BT, jnp.int32), jnp.asarray(real_BT, jnp.int32)), cache)
+    rows, columns = np.nonzero(real_BT)
+    y_BTD[rows, slot_BT[rows, columns]] = np.asarray(y_chunk)[rows, columns]
+    done_B += np.array(new_B)
+  assert list(done_B) == [LENGTH] * B
+  return y_BTD
+
+
+@pytest.mark.parametrize('chunks', [
+    [(LENGTH, (LENGTH,) * 3)],
+    [(20, (20, 9, 2)), (15, (15, 15, 0)), (1, (1, 0, 1)), (39, (6, 18, 39))],
+    [(13, (13, 13, 13))] + [(1, (1, 1, 1))] * 29,
+], ids=['prefill', 'ragged', 'decode'])
+@pytest.mark.parametrize('top_k', [2, 20])
+def test_decode_equals_prefill_equals_train(top_k, chunks):
+  config = model(top_k)
+  mixer, tree, x_BTD, context = build(config, rows=3)
+  cache = sparse.init_cache(config, 3, LENGTH, jnp.float32)
+  assert cache['k'].shape == (3, 44, 2, 8) and cache['index_k'].shape == (3, 44, 8)
+  close(serve(mixer, tree, cache, x_BTD, chunks), run(mixer, tree, x_BTD, context)[0])
+
+
+@pytest.mark.parametrize('axes', [{'fsdp': 4, 'tensor': 2}, {'fsdp': 2, 'expert': 4}])
+def test_one_device_equals_eight_in_values_and_gradients(axes):
+  config = model(top_k=2)
+  mesh = sharding.build_mesh(MeshConfig(**axes))
+  one, tree, x_BTD, context = build(config, rows=8)
+  for warmup in (None, True):
+    context = dataclasses.replace(context, warmup=None if warmup is None else jnp.asarray(warmup))
+    loss = lambda y, aux: lm_loss(y, aux) + 10 * aux.kl + aux.score_recall
+    wanted = gradients(one, tree, x_BTD, context, loss)
+    found = gradients(sparse.SparseAttention(config, 1.0, mesh), tree, x_BTD, context, loss)
+    jax.tree.map(close, found, wanted)
