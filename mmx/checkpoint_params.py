@@ -4,6 +4,8 @@ A checkpoint of training and one that `mmx.convert` wrote look alike from here: 
 Arrays are zarr, so TensorStore reads and writes any part of one; Orbax reads both kinds as well.
 """
 
+import collections
+import functools
 import json
 import os
 import pathlib
@@ -25,15 +27,21 @@ from mmx.model import init_variables
 COLLECTIONS = ('params', 'router')  # of the saved state, what a model is applied to
 OPTIONAL = 'params/mtp_'  # modules that only training needs: a model without them may leave them in the checkpoint
 SHOWN = 8  # names in one message
+IN_FLIGHT = 4  # pieces on their way to the disk
 
 
 def abstract_variables(model: ModelConfig, mesh=None) -> Any:
   """{'params': ..., 'router': ...} of jax.ShapeDtypeStruct, placed on a mesh if one is given; nothing is computed."""
-  boxed = jax.eval_shape(lambda: init_variables(model, None, jax.random.key(0)))
+  boxed = _boxed_variables(model)
   if mesh is None:
     return nn.unbox(boxed)
   place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
   return jax.tree.map(place, nn.unbox(boxed), sharding.tree_shardings(boxed, mesh))
+
+
+@functools.cache  # tracing takes a second where there are many kinds of layers
+def _boxed_variables(model: ModelConfig) -> Any:
+  return jax.eval_shape(lambda: init_variables(model, None, jax.random.key(0)))
 
 
 def restore_params(folder: str | os.PathLike, abstract_variables: Any, default: Any = None) -> tuple[Any, list[str]]:
@@ -76,7 +84,8 @@ def shown(names: list[str]) -> str:
 class Parameters:
   """Arrays of the newest whole checkpoint of a run folder, by name; nothing is read before it is asked for.
 
-  path: of the checkpoint. step: at which it was saved, 0 for an import. leaves: {name: {'shape': [...], 'dtype': 'float32'}}, parameters and expert biases.
+  path: of the checkpoint. step: at which it was saved, 0 for an import.
+  leaves: {name: {'shape': [...], 'dtype': 'float32'}}, parameters and expert biases.
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -114,7 +123,7 @@ class Parameters:
 class ParametersWriter:
   """Writes a checkpoint of parameters piece by piece: `with ParametersWriter(...) as writer: writer.write(...)`.
 
-  Memory is that of two pieces. What a `with` leaves by an exception is removed; otherwise the end seals the checkpoint.
+  Memory is that of a few pieces. What a `with` leaves by an exception is removed; otherwise the end seals the checkpoint.
 
   folder: of the run, new or without checkpoints.
   abstract_variables: as for `restore_params`; a chunk on disk never spans two devices of these shardings.
@@ -131,7 +140,7 @@ class ParametersWriter:
     self._leaves = checkpoint.named_leaves(abstract_variables)[0]
     self._pieces = pieces
     self._arrays: dict[str, Any] = {}
-    self._pending = None
+    self._pending = collections.deque()
 
   def __enter__(self):
     import orbax.checkpoint as ocp
@@ -145,18 +154,17 @@ class ParametersWriter:
     return self
 
   def write(self, name: str, index: tuple, values: np.ndarray) -> None:
-    """Sets a part of an array; what is never set is 0. Returns while the last piece is still on its way to the disk."""
+    """Sets a part of an array; what is never set is 0. Returns while the last pieces are still on their way."""
     if name not in self._arrays:
       self._arrays[name] = self._create(name)
-    array = self._arrays[name]
-    if self._pending is not None:
-      self._pending.result()
-    self._pending = array[index].write(values)
+    if len(self._pending) == IN_FLIGHT:
+      self._pending.popleft().result()
+    self._pending.append(self._arrays[name][index].write(values))
 
   def __exit__(self, kind, error, traceback):
     if kind is None:
-      if self._pending is not None:
-        self._pending.result()
+      for write in self._pending:
+        write.result()
       for name in self._leaves.keys() - self._arrays.keys():
         self._create(name)
       leaves = {name: checkpoint.describe(leaf) for name, leaf in self._leaves.items()}

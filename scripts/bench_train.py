@@ -31,6 +31,7 @@ from absl import app, flags, logging
 
 from mmx import config, train
 from mmx.config import ConfigError, Experiment, ModelConfig
+from mmx.convert import m2, mapping
 
 PEER = flags.DEFINE_enum('peer', 'transformers', ['transformers'], 'What to compare with.')
 STEPS = flags.DEFINE_integer('steps', 12, 'Steps of one turn.', lower_bound=1)
@@ -268,9 +269,8 @@ SIDES = {'ours': Ours, 'transformers': Transformers}
 # ----------------------------------------------------------------------------------------------------------------------
 # our model as transformers' MiniMax-M2
 
-# The published architecture: what transformers' class computes, whatever its config says.
-M2 = {
-    'attention.qk_norm': 'full_width', 'moe.gate': 'sigmoid', 'moe.routed_scaling': 1.0, 'moe.shared_d_ff': 0,
+# What the comparison leaves out, though the architecture has it or an equal.
+PLAIN = {
     'moe.balance_loss_weight': 0.0, 'moe.capacity_factor': 0.0, 'mtp.depth': 0, 'tie_embeddings': False,
     'compute_dtype': 'float32',
 }
@@ -282,21 +282,13 @@ def hf_fields(model: ModelConfig) -> dict:
   Raises:
     ConfigError: the model has something that MiniMax-M2 in transformers lacks.
   """
-  for path, needed in M2.items():
+  m2.FAMILY.require(model)
+  for path, needed in PLAIN.items():
     if (found := attrgetter(path)(model)) != needed:
-      raise ConfigError(f'model.{path} = {found!r}: transformers\' MiniMax-M2 has {needed!r} only')
-  layers = [layer for segment in config.parse_pattern(model.pattern) for layer in segment.unit]
-  if any((layer.mixer, layer.ffn) != ('full', 'moe') for layer in layers):
-    raise ConfigError(f"model.pattern = {model.pattern!r}: transformers' MiniMax-M2 has 'full/moe' layers only")
-  a, moe = model.attention, model.moe
-  return {
-      'vocab_size': model.vocab_size, 'hidden_size': model.d_model, 'rms_norm_eps': model.norm_eps,
-      'num_hidden_layers': config.num_layers(model.pattern), 'num_attention_heads': a.num_heads,
-      'num_key_value_heads': a.num_kv_heads, 'head_dim': a.head_dim,
-      'rope_parameters': {
-          'rope_type': 'default', 'rope_theta': a.rope_theta, 'partial_rotary_factor': a.rotary_dim / a.head_dim,
-      },
-      'num_local_experts': moe.num_experts, 'num_experts_per_tok': moe.top_k, 'intermediate_size': moe.d_ff,
+      raise ConfigError(f'model.{path} = {found!r}: transformers\' MiniMax-M2 is compared at {needed!r} only')
+  fields = m2.FAMILY.write(model)
+  of_the_file = ('architectures', 'model_type')
+  return {name: value for name, value in fields.items() if name not in of_the_file} | {
       'bos_token_id': None, 'eos_token_id': None, 'use_cache': False,
   }
 
@@ -308,44 +300,9 @@ def hf_config(model: ModelConfig):
   return MiniMaxM2Config(**hf_fields(model))
 
 
-def hf_weights(model: ModelConfig, params) -> dict[str, np.ndarray]:
-  """Our parameters, or their gradients, under transformers' names and in its layouts: products are [out, in] there."""
-  weights = {
-      'model.embed_tokens.weight': params['embedding']['table'],
-      'model.norm.weight': params['final_norm']['scale'],
-      'lm_head.weight': params['embedding']['head'].T,
-  }
-  for number, (segment, layer, repeat) in enumerate(_layers(model)):
-    block = params[segment][layer]
-    mixer, ffn = ({name: np.asarray(leaf[repeat]) for name, leaf in block[part].items()} for part in ('mixer', 'ffn'))
-    D, E = ffn['w_gate'].shape
-    ours = {f'self_attn.{x}_proj.weight': mixer[f'w_{x}'].reshape(D, -1).T for x in 'qkv'} | {
-        'self_attn.o_proj.weight': mixer['w_o'].reshape(-1, D).T,
-        'self_attn.q_norm.weight': mixer['q_norm'],
-        'self_attn.k_norm.weight': mixer['k_norm'],
-        'input_layernorm.weight': block['mixer_norm']['scale'][repeat],
-        'post_attention_layernorm.weight': block['ffn_norm']['scale'][repeat],
-        'mlp.gate.weight': ffn['w_gate'].T,
-        'mlp.experts.gate_up_proj': ffn['w_gate_up'].reshape(E, D, -1).transpose(0, 2, 1),  # gate rows, then up rows
-        'mlp.experts.down_proj': ffn['w_down'].transpose(0, 2, 1),
-    }
-    weights |= {f'model.layers.{number}.{name}': weight for name, weight in ours.items()}
-  return {name: np.ascontiguousarray(weight) for name, weight in weights.items()}
-
-
-def hf_biases(model: ModelConfig, router) -> dict[str, np.ndarray]:
-  return {
-      f'model.layers.{number}.mlp.e_score_correction_bias': np.asarray(router[segment][layer]['ffn']['bias'][repeat])
-      for number, (segment, layer, repeat) in enumerate(_layers(model))
-  }
-
-
-def _layers(model):
-  """(segment, layer, repeat) of every layer in order: where its parameters are and their row in the stack."""
-  for s, segment in enumerate(config.parse_pattern(model.pattern)):
-    for repeat in range(segment.repeats):
-      for i in range(len(segment.unit)):
-        yield f'segment_{s}', f'layer_{i}', repeat
+def hf_weights(model: ModelConfig, **collections) -> dict[str, np.ndarray]:
+  """Our params and router, or gradients, under the names and in the layouts that transformers has in memory."""
+  return mapping.to_theirs(model, m2.TRANSFORMERS, collections)
 
 
 def hf_model(model: ModelConfig, params, router, *, experts, attention):
@@ -356,7 +313,7 @@ def hf_model(model: ModelConfig, params, router, *, experts, attention):
   hf = MiniMaxM2ForCausalLM._from_config(
       hf_config(model), experts_implementation=experts, attn_implementation=attention
   )
-  weights = hf_weights(model, params) | hf_biases(model, router)
+  weights = hf_weights(model, params=params, router=router)
   hf.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()}, strict=True)
   return hf.train()
 

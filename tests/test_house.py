@@ -40,6 +40,7 @@ MAY_IMPORT = {
     'layers': 'config sharding kernels_pallas',
     'model': 'config layers',
     'checkpoint_params': 'config checkpoint sharding model',
+    'convert': 'config sharding checkpoint model checkpoint_params',
     'loss': '',
     'optimizer': 'config',
     'train_step': 'config sharding layers model loss optimizer',

@@ -1,7 +1,7 @@
 """The whole model against transformers' MiniMax-M2: the same weights give the same loss, logits, gradients, training.
 
-Weights, names and layouts go through `hf_weights` of scripts/bench_train.py. transformers runs its plain forms, a loop
-over experts and explicit softmax attention; one case runs the forms that the benchmark times.
+Weights, names and layouts go through mmx/convert. transformers runs its plain forms, a loop over experts and explicit
+softmax attention; one case runs the forms that the benchmark times.
 """
 
 import importlib.util
@@ -119,7 +119,7 @@ def test_loss_logits_and_gradients_are_those_of_transformers(bench, case):
   out.loss.backward()
   read = np.asarray(batch['segment_ids'] > 0)  # what stands at padding is nobody's business
   wanted = {name: weight.grad.numpy() for name, weight in hf.named_parameters()}
-  found = bench.hf_weights(experiment.model, grads)
+  found = bench.hf_weights(experiment.model, params=grads)
   assert found.keys() == wanted.keys()
   if experiment.model.moe.top_k == 1:  # the weight of the only expert is s / s = 1: the gate learns nothing
     gates = [(found.pop(name), wanted.pop(name)) for name in list(wanted) if 'mlp.gate' in name]
@@ -167,7 +167,7 @@ def test_training_is_that_of_torch(bench):
     state, metrics = step(state, batch)
     assert metrics['grad_norm'] > experiment.optim.clip_norm
     found.append(float(metrics['loss']))
-  weights, start = (bench.hf_weights(experiment.model, tree) for tree in (state.params, params))
+  weights, start = (bench.hf_weights(experiment.model, params=tree) for tree in (state.params, params))
   # Against how far a weight went, not against its size.
   errors = {n: error(weights[n] - start[n], w.detach().numpy() - start[n]) for n, w in hf.named_parameters()}
   worst = max(errors, key=errors.get)
