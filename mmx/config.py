@@ -340,13 +340,15 @@ class ExperimentFile:
   seeds: tuple[int, ...]
   published: str  # markdown; '' where nothing is
   metric: str  # key of result.json that the arms are compared by
+  tolerance: float  # by which the arms may differ in parameters (flops.assert_comparable)
 
 
 def load_experiment(path: str | os.PathLike, scale: str = 'cpu') -> ExperimentFile:
   """Runs an experiment file, or wraps a gin file as the one arm 'main'. Arms are type-checked, not yet validated.
 
   A Python file must define `get_config(scale) -> Experiment` and may define `arms(base) -> {name: Experiment}`,
-  `SCALES: tuple[str, ...]`, `SEEDS: {scale: (int, ...)}`, `PUBLISHED: str` (markdown) and `METRIC: str`.
+  `SCALES: tuple[str, ...]`, `SEEDS: {scale: (int, ...)}`, `PUBLISHED: str` (markdown), `METRIC: str` and `TOLERANCE:
+  float`.
 
   Raises:
     ConfigError: no such file, no `get_config`, an unknown scale, or whatever went wrong inside, as `file:line: what`.
@@ -356,7 +358,7 @@ def load_experiment(path: str | os.PathLike, scale: str = 'cpu') -> ExperimentFi
     if scale != 'cpu':
       raise ConfigError(f'{path}: a .gin file has no scales, so --scale={scale} means nothing; see configs/scales')
     base = load(path)
-    return ExperimentFile(file.stem, '', base, {'main': base}, ('cpu',), (base.train.seed,), '', 'heldout_loss')
+    return ExperimentFile(file.stem, '', base, {'main': base}, ('cpu',), (base.train.seed,), '', 'heldout_loss', 0.01)
   if file.suffix != '.py':
     raise ConfigError(f'{path}: an experiment is a .py or a .gin file')
 
@@ -378,7 +380,8 @@ def load_experiment(path: str | os.PathLike, scale: str = 'cpu') -> ExperimentFi
     raise ConfigError(f'{path}: arms(base) must return {{name: Experiment}} with at least one arm')
   seeds = tuple(names.get('SEEDS', {}).get(scale, (base.train.seed,)))
   doc, published = inspect.cleandoc(names.get('__doc__') or ''), inspect.cleandoc(names.get('PUBLISHED', ''))
-  return ExperimentFile(file.stem, doc, base, arms, scales, seeds, published, names.get('METRIC', 'heldout_loss'))
+  metric, tolerance = names.get('METRIC', 'heldout_loss'), names.get('TOLERANCE', 0.01)
+  return ExperimentFile(file.stem, doc, base, arms, scales, seeds, published, metric, tolerance)
 
 
 def select_arm(file: ExperimentFile, name: str) -> Experiment:

@@ -102,8 +102,8 @@ class Summary:
     title, _, body = self.docs.strip().partition('\n')
     published = f'## Published\n\n{self.published.strip()}\n\n{RELATION}' if self.published.strip() else ''
     parts = [
-        f'# {title or "Comparison"}', body.strip(), self.facts, _markdown_table(self._quality()),
-        self._legend(), *(f'**{sentence}**' for sentence in self.sentences()), _markdown_table(self._cost()),
+        f'# {title or "Comparison"}', body.strip(), self.facts, markdown_table(self._quality()),
+        self._legend(), *(f'**{sentence}**' for sentence in self.sentences()), markdown_table(self._cost()),
         '\n'.join(f'- {note}' for note in self.notes), published,
     ]
     return '\n\n'.join(part for part in parts if part) + '\n'
@@ -113,8 +113,8 @@ class Summary:
     published = f'Published:\n{self.published.strip()}\n{_wrapped("", RELATION)}' if self.published.strip() else ''
     parts = [
         '\n'.join(_wrapped('', line) for line in (title, self.facts) if line),
-        _terminal_table(self._quality()) + ('\n' + _wrapped('', self._legend()) if self._legend() else ''),
-        '\n'.join(_wrapped('→ ', sentence) for sentence in self.sentences()), _terminal_table(self._cost()),
+        terminal_table(self._quality()) + ('\n' + _wrapped('', self._legend()) if self._legend() else ''),
+        '\n'.join(_wrapped('→ ', sentence) for sentence in self.sentences()), terminal_table(self._cost()),
         '\n'.join(_wrapped('note: ', note) for note in self.notes), published,
     ]
     return '\n\n'.join(part for part in parts if part) + '\n'
@@ -125,7 +125,7 @@ class Summary:
         **asdict(self), 'sentences': self.sentences(), 'confidence': CONFIDENCE,
         'differences': [{**asdict(d), 'beyond_noise': d.beyond_noise} for d in self.differences],
     }
-    return json.dumps(_nan_to_none(content), indent=2, allow_nan=False) + '\n'
+    return json.dumps(nan_to_none(content), indent=2, allow_nan=False) + '\n'
 
   def _quality(self) -> list[list[str]]:
     first = self.arms[0].name
@@ -378,13 +378,15 @@ def _padded(rows: list[list[str]]) -> list[list[str]]:
   return [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows]
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+  """The first row is the head."""
   head, *body = _padded(rows)
   rule = [':' + '-' * (len(head[0]) - 1), *('-' * (len(cell) - 1) + ':' for cell in head[1:])]
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (head, rule, *body))
 
 
-def _terminal_table(rows: list[list[str]]) -> str:
+def terminal_table(rows: list[list[str]]) -> str:
+  """The first row is the head."""
   head, *body = ('  '.join(row) for row in _padded(rows))
   return '\n'.join([head, '─' * len(head), *body])
 
@@ -393,11 +395,12 @@ def _wrapped(lead: str, text: str) -> str:
   return textwrap.fill(text, COLUMNS, initial_indent=lead, subsequent_indent=' ' * len(lead), break_long_words=False)
 
 
-def _nan_to_none(content: Any) -> Any:
+def nan_to_none(content: Any) -> Any:
+  """For strict JSON."""
   if isinstance(content, Mapping):
-    return {key: _nan_to_none(value) for key, value in content.items()}
+    return {key: nan_to_none(value) for key, value in content.items()}
   if isinstance(content, list | tuple):
-    return [_nan_to_none(value) for value in content]
+    return [nan_to_none(value) for value in content]
   return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

@@ -30,6 +30,7 @@ class SlidingConfig:
 
   window: int = 64  # W, keys a query sees, its own included
   sink_tokens: int = 0  # first tokens of the document that every query sees as well
+  implementation: Literal['auto', 'reference', 'chunked'] = 'auto'
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class ConfigError(ValueError):
 # --- layer patterns ---------------------------------------------------------------------------------------------------
 
 # Names of layers/mixer.py, repeated here because this file imports no layers; a test compares them.
-MIXERS = ('full',)
+MIXERS = ('full', 'sliding', 'lightning', 'msa')
 FFNS = ('moe', 'dense')
 
 

@@ -87,6 +87,7 @@ def run_experiment():
   import jax  # after the flags, so that a mistake in them is told at once
 
   from mmx import distributed, flops, report
+  from mmx.evals import report as evals_report
 
   cache_compilations()
   distributed.initialize()
@@ -98,9 +99,10 @@ def run_experiment():
   ]
   for run in runs:
     config.validate(run.experiment, jax.device_count(), jax.process_count())
+    run.check_origin(experiment_file.arms, ahead=runs[: run.index - 1])
     if '[' in (path := str(run.folder.absolute())):  # Orbax would save, but not find the arrays again
       raise config.ConfigError(f'{path}: a run cannot have [ in its path, which Orbax reads as a pattern')
-  flops.assert_comparable({name: arm.model for name, arm in arms.items()})
+  flops.assert_comparable({name: arm.model for name, arm in arms.items()}, experiment_file.tolerance)
   say(f'{experiment_file.name} at scale {SCALE.value}: {len(arms)} arm(s) x {len(seeds)} seed(s) -> {workdir}')
   for name, arm in arms.items():
     count = flops.count_parameters(arm.model)
@@ -110,7 +112,8 @@ def run_experiment():
     )
 
   def write_summary():
-    return report.write(workdir, experiment_file.metric, experiment_file.published, experiment_file.doc, list(arms))
+    summary = report.write(workdir, experiment_file.metric, experiment_file.published, experiment_file.doc, list(arms))
+    return f'{summary.to_terminal()}\n{evals_report.append(workdir, list(arms))}'
 
   waiting = [run for run in runs if not run.finished()]  # every folder is looked at before one is written to
   programs = {}
@@ -121,14 +124,14 @@ def run_experiment():
                    'the same command continues')
       if run.arm not in programs:
         programs[run.arm] = Programs(arms[run.arm])
-      if not train(run, programs[run.arm], preemption):
+      if not train(run, programs[run.arm], experiment_file.arms, preemption):
         return
       if distributed.is_primary():
         summary = write_summary()
   if distributed.is_primary():
     if not waiting:
       summary = write_summary()
-    print(f'\n{summary.to_terminal()}\n\n{workdir}/summary.md has the table; tensorboard --logdir {workdir}')
+    print(f'\n{summary}\n{workdir}/summary.md has the table; tensorboard --logdir {workdir}')
 
 
 def print_configs(arms):
@@ -197,7 +200,28 @@ class Run:
 
   @functools.cached_property
   def experiment(self) -> config.Experiment:
-    return config.override(self.base, {'train.seed': self.seed, 'data.seed': self.seed})
+    seeds = {'train.seed': self.seed, 'data.seed': self.base.data.seed + self.seed}
+    return config.override(self.base, seeds)
+
+  def origin(self, arms) -> pathlib.Path | None:
+    """The folder whose parameters this run starts from, by train.init_from; None for new ones."""
+    name = self.experiment.train.init_from
+    if not name:
+      return None
+    return self.folder.parent.parent / name / self.folder.name if name in arms else pathlib.Path(name).expanduser()
+
+  def check_origin(self, arms, ahead) -> None:
+    """Raises ConfigError unless there is something to start from, or a run among those `ahead` will make it."""
+    origin = self.origin(arms)
+    if origin is None or origin in [run.folder for run in ahead] or (origin / 'config.gin').exists():
+      return
+    name = self.experiment.train.init_from
+    raise config.ConfigError(
+        f'{self.arm}: train.init_from = {name!r}: ' + (
+            f'arm {name} has not run at seed {self.seed} in this workdir; run it first' if name in arms else
+            f'no run folder there (config.gin is missing), and no arm of that name; arms are {", ".join(arms)}'
+        )
+    )
 
   def finished(self) -> bool:
     """Whether result.json of this very config is there. Refuses a folder that holds another config's run."""
@@ -278,13 +302,17 @@ class Programs:
     return jax.jit(step).lower(self.state.params, self.state.router, self.batch).compile()
 
 
-def train(run: Run, programs: Programs, preemption) -> bool:
-  """Trains one run to its end and writes result.json; False if `preemption` asked to stop on the way."""
+def train(run: Run, programs: Programs, arms, preemption) -> bool:
+  """Trains one run to its end and writes result.json; False if `preemption` asked to stop on the way.
+
+  arms: names that train.init_from may mean.
+  """
   import jax
   import numpy as np
 
   from mmx import checkpoint, distributed, flops, metrics, sharding
   from mmx.data import pipeline, tokenizer
+  from mmx.evals import run as evals
 
   began = time.time()
   experiment, mesh = run.experiment, programs.mesh
@@ -318,6 +346,8 @@ def train(run: Run, programs: Programs, preemption) -> bool:
     start, state, saved = restored
   else:
     start, state, saved = 0, programs.init(np.int32(run.seed)), {'curve': {}}
+    if origin := run.origin(arms):
+      state = start_from(origin, state)
   curve = saved['curve'] or {'step': [], 'tokens': [], 'heldout_loss': []}
   if primary:
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -405,6 +435,7 @@ def train(run: Run, programs: Programs, preemption) -> bool:
     return False
 
   # ---- the result
+  ruler = evals.evaluate(experiment, state.params, state.router, mesh)  # {} unless it was taught in RULER's tasks
   if writer:
     count = flops.count_parameters(experiment.model)
     load_LE = np.asarray(last['load'])
@@ -419,13 +450,29 @@ def train(run: Run, programs: Programs, preemption) -> bool:
         'flops_per_token': flops_per_token,
         'load_max_over_mean': metrics.load_scalars(load_LE)['load_max_over_mean'],
         'router_entropy': float(last.get('router/entropy', math.nan)),
-        'curve': curve, 'wall_seconds': time.time() - began,
+        'ruler': ruler, 'curve': curve, 'wall_seconds': time.time() - began,
         **provenance(corpus, start),
     }
     writer.finish()
     write_whole(run.folder / 'result.json', json.dumps(result, indent=1))
   distributed.barrier(f'{run.arm}/{run.seed}')
   return True
+
+
+def start_from(folder, state):
+  """A new state with the parameters and expert biases of a run folder or an imported checkpoint.
+
+  What that model lacks, such as MSA's index branch in a model of full attention, stays as it was initialised.
+  """
+  import jax
+
+  from mmx import checkpoint_params
+
+  fresh = {'params': state.params, 'router': state.router}
+  abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), fresh)
+  variables, new = checkpoint_params.restore_params(folder, abstract, default=fresh)
+  say(f'starts from {folder}' + (f'; new are {checkpoint_params.shown(new)}' if new else ''))
+  return state.replace(**variables)
 
 
 def loads_by_layer(load, pattern):

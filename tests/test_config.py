@@ -250,7 +250,7 @@ def test_each_top_level_item_of_a_pattern_is_one_segment():
 
 @pytest.mark.parametrize('pattern, column, said', [
     ('', 1, 'expected a layer, found the end'),
-    ('full ful', 6, 'expected a mixer (full), found ful'),
+    ('full ful', 6, 'expected a mixer (full, sliding, lightning, msa), found ful'),
     ('full/moo', 1, 'expected full/ and a feed-forward (moe, dense)'),
     ('full/', 1, 'expected full/ and a feed-forward (moe, dense)'),
     ('full*0', 6, 'expected a number of repeats, at least 1, found 0'),

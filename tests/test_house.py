@@ -40,11 +40,13 @@ MAY_IMPORT = {
     'layers': 'config sharding kernels_pallas',
     'model': 'config layers',
     'checkpoint_params': 'config checkpoint sharding model',
-    'convert': 'config sharding checkpoint model checkpoint_params',
+    'convert': 'config gin_syntax data sharding checkpoint model checkpoint_params',
+    'generate': 'config data model checkpoint checkpoint_params',
+    'evals': 'config metrics report distributed sharding data model checkpoint checkpoint_params generate',
     'loss': '',
     'optimizer': 'config',
     'train_step': 'config sharding layers model loss optimizer',
-    'train': 'config flops metrics report distributed checkpoint sharding data train_step',
+    'train': 'config flops metrics report distributed checkpoint checkpoint_params sharding data train_step evals',
 }
 # Parsing gin text is a file of its own, which `config.load` calls and which fills in the schema of config.
 CYCLES = {('config', 'gin_syntax')}
@@ -178,7 +180,10 @@ def test_every_experiment_builds_and_its_cpu_scale_lowers(name, scale):
 
 
 KERNEL_TESTS = '\n'.join(path.read_text() for path in (ROOT / 'tests/kernels').glob('test_*.py'))
-FIELDS = {'attention': config.AttentionConfig, 'experts': config.MoEConfig}
+FIELDS = {
+    'attention': config.AttentionConfig, 'experts': config.MoEConfig, 'sliding': config.SlidingConfig,
+    'lightning': config.LightningConfig, 'msa': config.MSAConfig,
+}  # fmt: skip
 LIBRARY = ('splash', 'cudnn', 'megablox')  # somebody else's kernel behind our signature
 KERNELS = [
     (what, name)
@@ -193,10 +198,22 @@ def called(what, implementation, platform):
   array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   ids = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
   choice = {'implementation': implementation, 'platform': platform}
+  attention = array((2, 256, 4, 128)), array((2, 256, 2, 128)), array((2, 256, 2, 128)), ids((2, 256))
+  differentiated = (0, 1, 2)
   if what == 'attention':
-    arguments = array((2, 256, 4, 128)), array((2, 256, 2, 128)), array((2, 256, 2, 128)), ids((2, 256))
+    arguments = attention
     function = lambda q, k, v, segments: api.attend(q, k, v, segments, **choice)
-    differentiated = (0, 1, 2)
+  elif what == 'sliding':
+    arguments = *attention, ids((2, 256))
+    function = lambda *arguments: api.sliding(*arguments, window=64, sink_tokens=4, **choice)
+  elif what == 'lightning':
+    arguments = *(array((2, 256, 4, 128)),) * 3, jax.ShapeDtypeStruct((4,), jnp.float32), ids((2, 256))
+    function = lambda *arguments: api.lightning(*arguments, chunk=64, **choice)[0]
+  elif what == 'msa':
+    q, k, v, segments = attention
+    arguments = q, k, v, array((2, 256, 2, 64)), array((2, 256, 64)), segments
+    function = lambda *arguments: sum(jnp.sum(x) for x in api.msa(*arguments, block_size=64, top_k=2, **choice))
+    differentiated = (0, 1, 2, 3, 4)
   else:
     arguments = array((256, 128)), ids((256, 2)), array((256, 2)), array((4, 128, 2, 128)), array((4, 128, 128))
     function = lambda x, ids, weights, up, down: api.experts(x, ids, weights, up, down, **choice)

@@ -8,7 +8,11 @@ from flax import linen as nn
 
 import tiny
 
-from mmx import flops
+from mmx import config, flops
+from mmx.kernels_pallas.gated import ACTIVATIONS
+from mmx.layers.attention import Attention
+from mmx.layers.context import Context
+from mmx.layers.mlp import MLP
 from mmx.layers.moe import update_bias
 from mmx.model import Decoder, init_variables
 from mmx.train_step import loss_terms
@@ -72,18 +76,59 @@ def gradients(experiment, tree, batch):
   return jax.jit(jax.value_and_grad(function))(tree['params'])
 
 
-@pytest.mark.parametrize('pattern', ['full*4', '(full full/dense)*2', 'full/dense*2 full*2'])
+FEW = {
+    'model__sliding__window': 5, 'model__lightning__head_dim': 8, 'model__lightning__chunk': 8,
+    'model__msa__block_size': 4, 'model__msa__top_k': 2, 'model__msa__index_dim': 8,
+}  # fmt: skip
+MIXED = FEW | {'model__pattern': '(sliding lightning/dense msa)*2'}
+
+
+@pytest.mark.parametrize('pattern', ['full*4', '(full full/dense)*2', 'full/dense*2 full*2', MIXED['model__pattern']])
 def test_scan_equals_unrolled(pattern):
-  scanned = tiny.experiment(model__pattern=pattern)
-  unrolled = tiny.experiment(model__pattern=pattern, model__layer_loop='unroll')
+  scanned = tiny.experiment(**FEW | {'model__pattern': pattern})
+  unrolled = config.override(scanned, {'model.layer_loop': 'unroll'})
   tree, batch = variables(scanned.model), tiny.batch()
   close(gradients(unrolled, tree, batch), gradients(scanned, tree, batch))
 
 
-@pytest.mark.parametrize('remat', ['full', 'dots', 'mixer'])
-def test_remat_equals_no_remat(remat):
-  tree, batch = variables(tiny.BASE.model), tiny.batch()
-  close(gradients(tiny.experiment(model__remat=remat), tree, batch), gradients(tiny.BASE, tree, batch))
+@pytest.mark.parametrize('remat, pattern', [('full', {}), ('dots', {}), ('mixer', {}), ('full', MIXED)])
+def test_remat_equals_no_remat(remat, pattern):
+  kept = tiny.experiment(**pattern)
+  tree, batch = variables(kept.model), tiny.batch()
+  close(gradients(config.override(kept, {'model.remat': remat}), tree, batch), gradients(kept, tree, batch))
+
+
+@pytest.mark.parametrize('norm, norm_of', [
+    ('rms', lambda x, w: x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6) * w),
+    ('gemma', lambda x, w: x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6) * (1 + w)),
+])
+@pytest.mark.parametrize('residual', ['pre_norm', 'post_norm'])
+def test_block_is_the_published_form_of_its_family(norm, norm_of, residual):
+  """One layer's stream, put together by hand from its branches: which norm, and what the residual is taken of."""
+  factors = {'attention_alpha': 1.5, 'attention_beta': 0.7, 'ffn_alpha': 1.3, 'ffn_beta': 0.9}
+  model = tiny.experiment(
+      model__pattern='full/dense', model__norm=norm, model__residual=residual,
+      **{f'model__post_norm__{name}': value for name, value in factors.items()},
+  ).model  # fmt: skip
+  tree, batch = variables(model), tiny.batch()
+  layer = jax.tree.map(lambda a: a[0], tree['params']['segment_0']['layer_0'])
+  context = Context(batch['positions'], batch['segment_ids'])
+  x = np.asarray(tree['params']['embedding']['table'])[np.asarray(batch['tokens'])]
+  mixer = lambda h: Attention(model, 1.0, None).apply({'params': layer['mixer']}, jnp.asarray(h), context, 0, None)[0]
+  ffn = lambda h: MLP(model.d_ff, 'swiglu').apply({'params': layer['ffn']}, jnp.asarray(h))
+  for kind, branch in (('attention', mixer), ('ffn', ffn)):
+    normed = norm_of(x, np.asarray(layer['mixer_norm' if kind == 'attention' else 'ffn_norm']['scale']))
+    y = np.asarray(branch(normed))
+    x = x + y if residual == 'pre_norm' else factors[f'{kind}_alpha'] * normed + factors[f'{kind}_beta'] * y
+  wanted = norm_of(x, np.asarray(tree['params']['final_norm']['scale']))
+  close(hidden(model, tree, batch), wanted)
+
+
+def test_swiglu_oai_is_clamped_and_shifted():
+  gate, up = np.array([-9.0, -1.0, 0.5, 8.0, 30.0]), np.array([-30.0, 2.0, -0.5, 7.5, 0.0])
+  low, mid = np.minimum(gate, 7), np.clip(up, -7, 7)
+  found = ACTIVATIONS['swiglu_oai'](jnp.asarray(gate, jnp.float32), jnp.asarray(up, jnp.float32))
+  np.testing.assert_allclose(found, (mid + 1) * low / (1 + np.exp(-1.702 * low)), rtol=1e-6)
 
 
 def test_loss_in_chunks_equals_the_whole():
@@ -95,6 +140,8 @@ def test_loss_in_chunks_equals_the_whole():
     {'model__attention__qk_norm': 'per_head', 'model__tie_embeddings': True},
     {'model__moe__shared_d_ff': 16, 'model__moe__gate': 'softmax', 'model__mtp__depth': 2},
     {'model__pattern': 'full/dense*1 full*3', 'model__attention__qk_norm': 'none'},
+    MIXED | {'model__key_shift': 'learned', 'model__mtp__depth': 1},
+    MIXED | {'model__msa__index_norm': 'none', 'model__norm': 'gemma', 'model__residual': 'post_norm'},
 ])
 def test_parameters_are_as_many_as_the_formula_says(overrides):
   model = tiny.experiment(**overrides).model

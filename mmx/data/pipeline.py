@@ -143,6 +143,7 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer) -> str:
 def open_side(
     config: DataConfig, side: str
 ) -> tuple[tuple[mixture.Part, ...], list[mixture.Passages | mixture.Course]]:
+  """The parts of data.source, and of each its passages (or its course) on one side: 'train' or the held-out one."""
   parts, opened = mixture.parse(config.source), []
   for part in parts:
     source = sources.open(part.item, config.text_field)

@@ -64,9 +64,10 @@ def trace(random, names: int, values: int, chains: int, hops: int) -> Problem:
 def common_words(random, names: int, words: int, common: int, often: int, seldom: int) -> Problem:
   """`common` words come `often` times, the rest `seldom` times, shuffled: which are the common ones?
 
-  In a short text the common words fill half of it.
+  In a short text the common words fill half of it, and come twice as often as the rest at least.
   """
-  often = max(min(often, words // (2 * common)), 1)
+  often = max(min(often, words // (2 * common)), 2)
+  seldom = min(seldom, often // 2)
   rare = min(-(-(words - common * often) // seldom), names - common)
   chosen = random.permutation(names)[: common + rare]
   text = np.concatenate([np.repeat(chosen[:common], often), np.repeat(chosen[common:], seldom)])[:words]

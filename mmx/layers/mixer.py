@@ -9,7 +9,7 @@ row is a document whose T next tokens stand at context.positions_BT: T > 1 is pr
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mmx.layers import attention
+from mmx.layers import attention, lightning, sliding, sparse
 
 
 class Mixer(NamedTuple):
@@ -21,4 +21,7 @@ class Mixer(NamedTuple):
 
 MIXERS = {
     'full': Mixer(attention.Attention, attention.init_cache),
+    'sliding': Mixer(sliding.Sliding, sliding.init_cache),
+    'lightning': Mixer(lightning.Lightning, lightning.init_cache),
+    'msa': Mixer(sparse.SparseAttention, sparse.init_cache),
 }

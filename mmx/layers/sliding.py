@@ -37,7 +37,7 @@ class Sliding(nn.Module):
     else:
       out_BTHDh = api.sliding(
           q_BTHDh, k_BTKDh, v_BTKDh, context.segment_ids_BT, context.positions_BT, **sight, past=past,
-          implementation='auto', platform=sharding.platform_of(self.mesh),
+          implementation=c.implementation, platform=sharding.platform_of(self.mesh),
       )
     return project_out(self, out_BTHDh, x_BTD.shape[-1], self.out_scale), cache, None
 

@@ -1,4 +1,4 @@
-"""Tasks in symbols: answerable from the facts alone, the same everywhere, and learned by a course that its index decides."""
+"""Tasks in symbols: answerable from the facts alone, the same everywhere, learned by a course that an index decides."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def take(iterator, count):
 def pairs(document, end=None):
   """(name, symbol behind it) wherever a name is followed by a name or a value, up to `end`."""
   tokens = document.tokens[:end].tolist()
-  return [(a, b) for a, b in zip(tokens, tokens[1:]) if a in symbols.NAMES and (b in symbols.VALUES or b in symbols.NAMES)]
+  return [(a, b) for a, b in zip(tokens, tokens[1:]) if a in symbols.NAMES and b in [*symbols.VALUES, *symbols.NAMES]]
 
 
 def solved(task, document):

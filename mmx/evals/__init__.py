@@ -1,0 +1,1 @@
+"""Checkpoints judged: long-context tasks, and arms side by side."""
