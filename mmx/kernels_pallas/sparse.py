@@ -27,7 +27,7 @@ SPAN = 2048  # index keys scored at once: 1 MiB at Di = 128 stays in the cache t
 SELECT_ELEMENTS = 2**21  # index scores at once, B*c*K*SPAN
 CHUNK_ELEMENTS = 2**25  # of the outputs of one chunk's pairs, R*G*Dh: 128 MiB in float32
 TILE_ROWS = 64  # r*G: long enough for the rate of matrix products
-BATCH_ELEMENTS = 2**18  # scores computed at once, W*r*G*b: large products one by one, small ones in batches
+BATCH_ELEMENTS = 2**16  # scores computed at once, W*r*G*b: small products in batches, large ones a few at a time
 PREFIX_CHUNK = 64  # most queries of the warm-up's divergence at once
 PREFIX_ELEMENTS = 2**24  # most scores of it at once, B*H*c*T
 RECALL_QUERIES = 32  # queries of a row that selection is judged by
