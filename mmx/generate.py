@@ -7,52 +7,54 @@ The prompt goes through the model in chunks of one shape (prefill), then every t
 compiled, whatever the lengths. For serving many requests at once this is not the place.
 """
 
+import argparse
 import functools
+import logging
 import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from absl import app, flags, logging
-
 from mmx import config
-
-CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Folder of a run, or of an imported checkpoint.')
-PROMPT = flags.DEFINE_string('prompt', '', 'Text to continue; what is piped in if it is a dash.')
-MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 256, 'Tokens at most.', lower_bound=1)
-TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 takes the likeliest token (greedy).', lower_bound=0.0)
-TOP_K = flags.DEFINE_integer('top_k', 40, 'Only the k likeliest tokens; 0 is all.', lower_bound=0)
-TOP_P = flags.DEFINE_float('top_p', 0.95, 'The likeliest tokens that hold this probability.', 0.0, 1.0)
-SEED = flags.DEFINE_integer('seed', 0, 'Of the random choices.')
 
 PREFILL_CHUNK = 256  # tokens
 
 
 class Sampling(NamedTuple):
-  """How a token is chosen. The defaults of the flags are those published for M2: 1.0, 40, 0.95."""
+  """How a token is chosen."""
 
   temperature: float = 0.0  # 0 is greedy
   top_k: int = 0  # 0 is all
   top_p: float = 1.0
 
 
-def parse_flags(argv):
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    sys.exit(f'error: {" ".join(str(error).split())}')
+class Parser(argparse.ArgumentParser):
+  """What a person can mend is one line."""
+
+  def error(self, message):
+    sys.exit(f'error: {message}')
 
 
-def main(argv):
-  if len(argv) > 1:
-    sys.exit(f'error: unexpected argument {argv[1]!r}; every option starts with --')
-  if CHECKPOINT.value is None:
-    sys.exit('error: --checkpoint is missing; give the folder of a run, such as runs/moe_ablation_cpu/e32_top2/seed0')
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)
+def parser() -> Parser:
+  """The defaults of sampling are those published for M2."""
+  options = Parser(prog='python -m mmx.generate', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  options.add_argument('--checkpoint', required=True, help='folder of a run, or of an imported checkpoint')
+  options.add_argument('--prompt', default='', help='text to continue; a dash reads it from the standard input')
+  options.add_argument('--max_new_tokens', type=int, default=256, help='tokens at most')
+  options.add_argument('--temperature', type=float, default=1.0, help='0 takes the likeliest token (greedy)')
+  options.add_argument('--top_k', type=int, default=40, help='only the k likeliest tokens; 0 is all')
+  options.add_argument('--top_p', type=float, default=0.95, help='the likeliest tokens that hold this probability')
+  options.add_argument('--seed', type=int, default=0, help='of the random choices')
+  return options
+
+
+def main(argv=None) -> None:
+  """Whatever a person can mend ends in one line, `error: ...`, and exit code 1."""
+  options = parser().parse_args(argv)
+  logging.getLogger('absl').setLevel(logging.WARNING)
   try:
-    run()
+    run(options)
   except (config.ConfigError, OSError) as error:
     sys.exit(f'error: {error}')
   except RuntimeError as error:
@@ -61,14 +63,17 @@ def main(argv):
     raise
 
 
-def run():
+def run(options) -> None:
   """Prints the prompt and, as it is made, what follows; the speed goes to the error stream."""
-  experiment, vocabulary, variables = load(CHECKPOINT.value)
-  text = sys.stdin.read() if PROMPT.value == '-' else PROMPT.value
+  if options.max_new_tokens < 1 or options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
+    raise config.ConfigError('expected --max_new_tokens >= 1, --temperature >= 0, --top_k >= 0 and 0 < --top_p <= 1')
+  experiment, vocabulary, variables = load(options.checkpoint)
+  text = sys.stdin.read() if options.prompt == '-' else options.prompt
   prompt = vocabulary.encode(text).tolist() or [vocabulary.eos_id]  # nothing to continue: what a document starts with
-  sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
-  tokens = generate(experiment.model, variables, [prompt], MAX_NEW_TOKENS.value, sampling, SEED.value,
-                    vocabulary.eos_id)
+  sampling = Sampling(options.temperature, options.top_k, options.top_p)
+  tokens = generate(
+      experiment.model, variables, [prompt], options.max_new_tokens, sampling, options.seed, vocabulary.eos_id
+  )
   print(text, end='', flush=True)
   times = []
 
@@ -238,4 +243,4 @@ def stream_text(vocabulary, tokens) -> Iterator[str]:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  main()

@@ -113,6 +113,14 @@ def test_a_character_is_told_when_it_is_whole():
   assert ''.join(broken) == 'a\ufffdb'
 
 
-def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):
-  with pytest.raises(config.ConfigError, match='no config.gin here; give the folder of a run'):
-    generate.load(tmp_path)
+@pytest.mark.parametrize('arguments, said', [
+    ([], 'the following arguments are required: --checkpoint'),
+    (['--checkpoint=.'], '.: no config.gin here; give the folder of a run'),
+    (['--checkpoint=.', '--temperature=-1'], 'expected --max_new_tokens >= 1, --temperature >= 0'),
+    (['--checkpoint=.', '--top_k=many'], "argument --top_k: invalid int value: 'many'"),
+])
+def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, arguments, said):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(SystemExit) as stopped:
+    generate.main(arguments)
+  assert str(stopped.value).startswith(f'error: {said}') and '\n' not in str(stopped.value)

@@ -97,6 +97,7 @@ def write_chains(problem, tokens, random) -> Document:
 
 
 def write_words(task, tokens, random) -> Document:
+  """Words in random order, and from the middle on a question mark every few symbols that asks for the most common."""
   length = len(tokens)
   marks = np.append(np.arange(length // 2, length - 1, ASK_EVERY), length - 1)
   words = length - 1 - len(marks)
