@@ -72,6 +72,7 @@ def provenance():
   return {
       'device': jax.devices()[0].platform, 'cpu': names[0] if names else platform.machine(),
       'cores': len(os.sched_getaffinity(0)), 'load_average_before': load,
+      'real_time_priority': os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),  # others do not run beside it
       'date': datetime.date.today().isoformat(), 'dtype': 'float32',
       'versions': {'python': platform.python_version()} | {name: metadata.version(name) for name in ('jax', 'jaxlib')},
       'heads': {'query': H, 'key': K, 'dim': DH, 'index_dim': DI, 'block': BLOCK, 'top_k': TOP_K, 'window': WINDOW},
