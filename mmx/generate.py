@@ -22,8 +22,9 @@ PREFILL_CHUNK = 256  # tokens
 
 
 class Sampling(NamedTuple):
-  """How a token is chosen."""
+  """How a token is chosen, of the first `vocab_size` ids: an embedding may have more rows than the tokenizer tokens."""
 
+  vocab_size: int = 0  # 0 is all of the model's
   temperature: float = 0.0  # 0 is greedy
   top_k: int = 0  # 0 is all
   top_p: float = 1.0
@@ -70,7 +71,7 @@ def run(options) -> None:
   experiment, vocabulary, variables = load(options.checkpoint)
   text = sys.stdin.read() if options.prompt == '-' else options.prompt
   prompt = vocabulary.encode(text).tolist() or [vocabulary.eos_id]  # nothing to continue: what a document starts with
-  sampling = Sampling(options.temperature, options.top_k, options.top_p)
+  sampling = Sampling(vocabulary.vocab_size, options.temperature, options.top_k, options.top_p)
   tokens = generate(
       experiment.model, variables, [prompt], options.max_new_tokens, sampling, options.seed, vocabulary.eos_id
   )
@@ -188,6 +189,7 @@ def sample(logits_BV, key, sampling: Sampling):
   import jax
   import jax.numpy as jnp
 
+  logits_BV = logits_BV[:, : sampling.vocab_size or None]
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   V = logits_BV.shape[-1]

@@ -96,6 +96,7 @@ def test_sampling_keeps_the_likeliest_and_the_fewest_that_hold_top_p():
   rows = jnp.log(jnp.asarray(probability, jnp.float32))[None].repeat(4000, 0)
   draw = lambda **kinds: np.asarray(generate.sample(rows, jax.random.key(0), generate.Sampling(**kinds)))
   assert set(draw(temperature=0.0)) == {1}
+  assert set(draw(vocab_size=1)) == {0} and set(draw(vocab_size=2, temperature=1.0)) == {0, 1}
   assert set(draw(temperature=1.0, top_k=3)) == {1, 2, 3}
   assert set(draw(temperature=1.0, top_p=0.6)) == {1, 2}  # 0.4 is not enough, 0.65 is
   assert set(draw(temperature=1.0, top_p=1e-6)) == {1}

@@ -91,7 +91,8 @@ def continuations(model: ModelConfig, variables, vocabulary: Tokenizer, batch: S
   """What the model writes behind each prompt; a document that ended earlier repeats its end."""
   prompts = [vocabulary.encode(question.prompt).tolist() for question in batch]
   most = max(question.max_new_tokens for question in batch)
-  tokens = np.stack(list(generate.generate(model, variables, prompts, most, eos_id=vocabulary.eos_id)), axis=1)
+  greedy = generate.Sampling(vocabulary.vocab_size)
+  tokens = np.stack(list(generate.generate(model, variables, prompts, most, greedy, eos_id=vocabulary.eos_id)), axis=1)
   return [vocabulary.decode(row[: question.max_new_tokens]) for row, question in zip(tokens, batch, strict=True)]
 
 
