@@ -88,6 +88,32 @@ def test_index_keys_start_as_the_first_index_query_head_when_asked():
   np.testing.assert_array_equal(tree['w_index_k'], tree['w_index_q'][:, 0])
 
 
+def test_index_branch_sees_the_layers_input_shifted_for_keys_then_normed_then_rotated(monkeypatch):
+  """By hand, in M3's order and with its norm, (1 + w); the first 4 of 8 dimensions rotate, pairing i with i + 2."""
+  mixer, tree, x_BTD, _ = build(model(model__norm='gemma', model__attention__qk_norm='per_head'))
+  context = packed(19, 23)
+  seen = []
+  monkeypatch.setattr(sparse.api, 'msa', lambda *inputs, **_: (seen.extend(inputs), (inputs[0], jnp.zeros(1)))[1])
+  mixer.apply(tree, x_BTD, context, 0, None)
+
+  p = {name: np.asarray(a, np.float64) for name, a in tree['params'].items()}
+  x, positions = np.asarray(x_BTD, np.float64)[0], np.asarray(context.positions_BT)[0]
+  before = np.where(positions[:, None] > 0, np.roll(x, 1, axis=0), 0)
+  keys_x = p['key_shift'][0] * x + p['key_shift'][1] * before
+
+  def finish(heads, scale):
+    """[T, heads, 8], normed and rotated."""
+    normed = heads / np.sqrt(np.mean(heads**2, axis=-1, keepdims=True) + 1e-6) * (1 + scale)
+    angle = positions[:, None, None] * 10_000.0 ** (-np.arange(2) / 2)
+    a, b = normed[..., :2], normed[..., 2:4]
+    rotated = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
+    return np.concatenate([*rotated, normed[..., 4:]], axis=-1)
+
+  index_q, index_k = seen[3:5]
+  close(index_q[0], finish(np.einsum('td,dki->tki', x, p['w_index_q']), p['index_q_norm']))
+  close(index_k[0], finish((keys_x @ p['w_index_k'])[:, None], p['index_k_norm'])[:, 0])
+
+
 @pytest.mark.parametrize('family', [{}, {'model__norm': 'gemma', 'model__attention__qk_norm': 'per_head'}])
 def test_msa_with_k_of_all_blocks_equals_full_attention_in_values_and_gradients(family):
   config = model(top_k=11, **family)
