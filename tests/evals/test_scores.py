@@ -106,7 +106,7 @@ def test_text_is_scored_by_what_the_model_writes_within_its_allowance(monkeypatc
       samples[2].prompt: 'x' * samples[2].max_new_tokens + samples[2].answers[0],  # too late
   }
 
-  def stub(model, variables, prompts, max_new_tokens, eos_id):
+  def stub(model, variables, prompts, max_new_tokens, sampling, eos_id):
     rows = np.full((len(prompts), max_new_tokens + 100), eos_id, np.int32)
     for row, prompt in zip(rows, prompts, strict=True):
       ids = vocabulary.encode(written[vocabulary.decode(prompt)])
