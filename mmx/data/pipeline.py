@@ -134,7 +134,7 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer) -> str:
   corpus = []
   for part in mixture.parse(config.source):
     source = sources.open(part.item, config.text_field)
-    size = f'{len(source)} documents, {source.stored_bytes} bytes'
+    size = f'{len(source)} documents, {source.stored_bytes} bytes' if source.stored_bytes else 'generated'
     kind = part.item.partition(':')[0]  # no path: a corpus that has moved is the same corpus
     corpus.append(f'{kind}@{part.weight:g}: {size}, {source.fingerprint}')
   return '; '.join([*corpus, f'tokenizer {tokenizer.fingerprint}'])

@@ -81,7 +81,7 @@ def judge(options) -> None:
   written = pathlib.Path(options.json or folder / 'ruler.json')
   told = {'checkpoint': str(folder), 'seed': options.seed, 'wall_seconds': time.time() - began, 'ruler': scores}
   written.write_text(json.dumps(nan_to_none(told), indent=1, allow_nan=False) + '\n')
-  print(Table([Result(folder.name or str(folder), 0, {'ruler': scores})]).to_terminal())
+  print(Table([Result('score', 0, {'ruler': scores})]).to_terminal())
   print(f'{written} has these scores; ± is the 95% interval over {options.samples} samples')
 
 
