@@ -244,6 +244,7 @@ def serve(mixer, tree, cache, x_BTD, chunks):
     real_BT = np.arange(T) < np.array(new_B)[:, None]
     x_chunk = jnp.where(real_BT[..., None], x_BTD[np.arange(B)[:, None], np.minimum(slot_BT, LENGTH - 1)], 99.0)
     y_chunk, cache = apply(x_chunk, Context(jnp.asarray(slot_BT, jnp.int32), jnp.asarray(real_BT, jnp.int32)), cache)
+    assert not np.asarray(y_chunk)[~real_BT].any(), 'padding attends to nothing'
     rows, columns = np.nonzero(real_BT)
     y_BTD[rows, slot_BT[rows, columns]] = np.asarray(y_chunk)[rows, columns]
     done_B += np.array(new_B)
