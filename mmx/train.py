@@ -348,6 +348,8 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
     start, state, saved = 0, programs.init(np.int32(run.seed)), {'curve': {}}
     if origin := run.origin(arms):
       state = start_from(origin, state)
+      saved['seen'] = tokens_seen(origin)
+  seen = saved.get('seen', 0)  # tokens behind the parameters that it started from
   curve = saved['curve'] or {'step': [], 'tokens': [], 'heldout_loss': []}
   if primary:
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -399,7 +401,7 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
     loss = nats / count
     bits = loss / math.log(2) / heldout.bytes_per_token
     checkpoint.check_finite(step, {'heldout/loss': loss})
-    for name, value in (('step', step), ('tokens', step * tokens_per_step), ('heldout_loss', loss)):
+    for name, value in (('step', step), ('tokens', seen + step * tokens_per_step), ('heldout_loss', loss)):
       curve[name].append(value)
     last.update(heldout_loss=loss, heldout_bpb=bits)
     if writer:
@@ -407,7 +409,9 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
     progress.update(step, float(last['loss']), throughput.moving().get('tokens_per_second'), heldout_loss=loss)
 
   def save(step):
-    told = {'tokenizer': vocabulary.fingerprint, 'curve': curve, 'last': scalars(last), 'interval': interval}
+    told = {
+        'tokenizer': vocabulary.fingerprint, 'seen': seen, 'curve': curve, 'last': scalars(last), 'interval': interval,
+    }
     with throughput.paused():
       checkpoints.save(step, state, iterator, told)
 
@@ -440,7 +444,7 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
     count = flops.count_parameters(experiment.model)
     load_LE = np.asarray(last['load'])
     result = {
-        'arm': run.arm, 'seed': run.seed, 'steps': steps, 'tokens': steps * tokens_per_step,
+        'arm': run.arm, 'seed': run.seed, 'steps': steps, 'tokens': seen + steps * tokens_per_step,
         'heldout_loss': last['heldout_loss'], 'heldout_bpb': last['heldout_bpb'], 'train_loss': float(last['loss']),
         **throughput.overall(),
         'params': {
@@ -473,6 +477,12 @@ def start_from(folder, state):
   variables, new = checkpoint_params.restore_params(folder, abstract, default=fresh)
   say(f'starts from {folder}' + (f'; new are {checkpoint_params.shown(new)}' if new else ''))
   return state.replace(**variables)
+
+
+def tokens_seen(folder):
+  """Tokens that a finished run has been trained on; 0 for an imported checkpoint, whose past is not known."""
+  result = folder / 'result.json'
+  return json.loads(result.read_text())['tokens'] if result.exists() else 0
 
 
 def loads_by_layer(load, pattern):

@@ -47,6 +47,8 @@ def test_a_converted_run_is_warmed_up_learns_its_index_and_tells_of_it(converted
   training = [row for row in told if 'loss' in row]
   trunk = result(converted / 'trunk/seed0')
   assert training[0]['loss'] < trunk['curve']['heldout_loss'][0]  # what trunk knew after five steps
+  continued = result(converted / 'sparse/seed0')
+  assert continued['tokens'] == 2 * trunk['tokens'] and continued['curve']['tokens'][0] > trunk['tokens']
   for layer in ('layer_00', 'layer_01'):
     kl = [row[f'msa/kl/{layer}'] for row in training]
     assert all(value > 0 for value in kl) and kl[-1] < kl[0]
