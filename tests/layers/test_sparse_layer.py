@@ -30,12 +30,13 @@ def packed(*lengths, padding=0):
   return Context(jnp.asarray(positions[None], jnp.int32), jnp.asarray(segments[None], jnp.int32))
 
 
-def build(config, rows=1, seed=0, mesh=None):
+def build(config, rows=1, seed=0):
   """The layer, its parameters (norms and gates randomised too), and x [rows, LENGTH, D]."""
-  mixer = sparse.SparseAttention(config, 1.0, mesh)
+  mixer = sparse.SparseAttention(config, 1.0, None)
   x_BTD = jax.random.normal(jax.random.key(seed), (rows, LENGTH, config.d_model))
   whole = jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), packed(LENGTH))
-  tree = nn.unbox(sparse.SparseAttention(config, 1.0, None).init(jax.random.key(1), x_BTD, whole, 0, None))
+  init = jax.jit(lambda rng, x: mixer.init(rng, x, whole, 0, None))  # compiled: by single operations it takes seconds
+  tree = nn.unbox(init(jax.random.key(1), x_BTD))
   leaves, treedef = jax.tree.flatten(tree)
   keys = jax.random.split(jax.random.key(2), len(leaves))
   tree = treedef.unflatten([a + 0.1 * jax.random.normal(key, a.shape) for a, key in zip(leaves, keys)])
@@ -51,11 +52,16 @@ def run(mixer, tree, x_BTD, context):
   return jax.jit(lambda tree, x, context: mixer.apply(tree, x, context, 0, None)[::2])(tree, x_BTD, context)
 
 
-def gradients(mixer, tree, x_BTD, context, loss):
-  """Of loss(y, aux), with respect to the parameters and x."""
-  scalar = lambda tree, x: loss(*run(mixer, tree, x, context))
-  tree, x = jax.jit(jax.grad(scalar, (0, 1)))(tree, x_BTD)
-  return tree['params'], x
+def gradients(mixer, tree, x_BTD, loss, *contexts):
+  """Of loss(y, aux) with respect to (parameters, x), for each context, by one compiled function."""
+  scalar = lambda tree, x, context: loss(*mixer.apply(tree, x, context, 0, None)[::2])
+  function = jax.jit(jax.grad(scalar, (0, 1)))
+  return [(tree['params'], x) for tree, x in (function(tree, x_BTD, context) for context in contexts)]
+
+
+def phases(context):
+  """The context in the warm-up and after it."""
+  return [dataclasses.replace(context, warmup=jnp.asarray(warmup)) for warmup in (True, False)]
 
 
 def lm_loss(y_BTD, aux):
@@ -84,7 +90,7 @@ def test_parameters_have_the_names_and_shapes_of_the_family():
 def test_index_keys_start_as_the_first_index_query_head_when_asked():
   config = model(model__attention__qk_init='equal')
   mixer, _, x_BTD, context = build(config)
-  tree = nn.unbox(mixer.init(jax.random.key(3), x_BTD, context, 0, None))['params']
+  tree = nn.unbox(jax.jit(lambda rng: mixer.init(rng, x_BTD, context, 0, None))(jax.random.key(3)))['params']
   np.testing.assert_array_equal(tree['w_index_k'], tree['w_index_q'][:, 0])
 
 
@@ -123,8 +129,8 @@ def test_msa_with_k_of_all_blocks_equals_full_attention_in_values_and_gradients(
   found, aux = run(mixer, tree, x_BTD, context)
   close(found, run(full, tree, x_BTD, context)[0])
   assert aux.block_recall == 1 and abs(aux.score_recall - 1) < 1e-6
-  found, found_x = gradients(mixer, tree, x_BTD, context, lm_loss)
-  wanted, wanted_x = gradients(full, tree, x_BTD, context, lm_loss)
+  (found, found_x), = gradients(mixer, tree, x_BTD, lm_loss, context)
+  (wanted, wanted_x), = gradients(full, tree, x_BTD, lm_loss, context)
   close(found_x, wanted_x)
   for name in tree['params'].keys() - INDEX:
     close(found[name], wanted[name])
@@ -139,19 +145,15 @@ def test_msa_with_few_blocks_differs_from_full_attention():
 
 
 def test_lm_loss_gives_index_parameters_no_gradient():
-  for warmup in (None, False, True):
-    mixer, tree, x_BTD, context = build(model())
-    context = dataclasses.replace(context, warmup=None if warmup is None else jnp.asarray(warmup))
-    found, x = gradients(mixer, tree, x_BTD, context, lm_loss)
+  mixer, tree, x_BTD, context = build(model())
+  for found, x in gradients(mixer, tree, x_BTD, lm_loss, *phases(context)):
     assert {name for name, a in found.items() if jnp.any(a != 0)} == found.keys() - INDEX
     assert jnp.any(x != 0)
 
 
 def test_index_branch_kl_moves_only_index_parameters():
-  for warmup in (None, False, True):
-    mixer, tree, x_BTD, context = build(model())
-    context = dataclasses.replace(context, warmup=None if warmup is None else jnp.asarray(warmup))
-    found, x = gradients(mixer, tree, x_BTD, context, kl_loss)
+  mixer, tree, x_BTD, context = build(model())
+  for found, x in gradients(mixer, tree, x_BTD, kl_loss, *phases(context)):
     assert {name for name, a in found.items() if jnp.any(a != 0)} == INDEX
     assert not jnp.any(x != 0)
 
@@ -252,12 +254,12 @@ def serve(mixer, tree, cache, x_BTD, chunks):
   return y_BTD
 
 
-@pytest.mark.parametrize('chunks', [
-    [(LENGTH, (LENGTH,) * 3)],
-    [(20, (20, 9, 2)), (15, (15, 15, 0)), (1, (1, 0, 1)), (39, (6, 18, 39))],
-    [(13, (13, 13, 13))] + [(1, (1, 1, 1))] * 29,
-], ids=['prefill', 'ragged', 'decode'])
-@pytest.mark.parametrize('top_k', [2, 20])
+WHOLE = [(LENGTH, (LENGTH,) * 3)]
+RAGGED = [(20, (20, 9, 2)), (15, (15, 15, 0)), (1, (1, 0, 1)), (39, (6, 18, 39))]
+STEPS = [(13, (13, 13, 13))] + [(1, (1, 1, 1))] * 29
+
+
+@pytest.mark.parametrize('top_k, chunks', [(2, WHOLE), (2, RAGGED), (20, STEPS), (2, STEPS)])
 def test_decode_equals_prefill_equals_train(top_k, chunks):
   config = model(top_k)
   mixer, tree, x_BTD, context = build(config, rows=3)
@@ -266,14 +268,12 @@ def test_decode_equals_prefill_equals_train(top_k, chunks):
   close(serve(mixer, tree, cache, x_BTD, chunks), run(mixer, tree, x_BTD, context)[0])
 
 
-@pytest.mark.parametrize('axes', [{'fsdp': 4, 'tensor': 2}, {'fsdp': 2, 'expert': 4}])
-def test_one_device_equals_eight_in_values_and_gradients(axes):
+def test_one_device_equals_eight_in_gradients():
+  """Rows over four devices, kv heads over two."""
   config = model(top_k=2)
-  mesh = sharding.build_mesh(MeshConfig(**axes))
+  mesh = sharding.build_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
   one, tree, x_BTD, context = build(config, rows=8)
-  for warmup in (None, True):
-    context = dataclasses.replace(context, warmup=None if warmup is None else jnp.asarray(warmup))
-    loss = lambda y, aux: lm_loss(y, aux) + 10 * aux.kl + aux.score_recall
-    wanted = gradients(one, tree, x_BTD, context, loss)
-    found = gradients(sparse.SparseAttention(config, 1.0, mesh), tree, x_BTD, context, loss)
-    jax.tree.map(close, found, wanted)
+  loss = lambda y, aux: lm_loss(y, aux) + 10 * aux.kl
+  many = sparse.SparseAttention(config, 1.0, mesh)
+  found, wanted = (gradients(mixer, tree, x_BTD, loss, *phases(context)) for mixer in (many, one))
+  jax.tree.map(close, found, wanted)
