@@ -129,8 +129,8 @@ class ModelConfig:
 class DataConfig:
   """Tokens in. `source` is a weighted mixture: 'kind:path@weight' items separated by blanks (see data/sources.py)."""
 
-  source: str = 'stdlib'  # stdlib | text:DIR | jsonl:DIR_OR_FILE | arrayrecord:DIR_OR_FILE | synthetic:TASK
-  tokenizer: str = 'byte'  # 'byte' or the path of a tokenizer.json
+  source: str = 'stdlib'  # stdlib | text:DIR | jsonl:DIR_OR_FILE | arrayrecord:DIR_OR_FILE | synthetic:TASK | ruler:...
+  tokenizer: str = 'byte'  # 'byte', 'symbols' (for ruler:) or the path of a tokenizer.json
   text_field: str = 'text'  # field of a JSONL row that holds the document
   seq_len: int = 256  # T, tokens per row of a batch
   batch_size: int = 16  # rows per optimizer step over all processes

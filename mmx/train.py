@@ -396,8 +396,9 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
 
   def evaluate(step):
     with throughput.paused():
-      sums = [programs.eval_step(state.params, state.router, batch) for batch in heldout_batches]
-      nats, correct, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+      # One at a time: on CPU devices, collectives of many queued programs can wait for each other for ever.
+      sums = [jax.device_get(programs.eval_step(state.params, state.router, batch)) for batch in heldout_batches]
+      nats, correct, count = np.sum(sums, axis=0, dtype=np.float64)
     loss = nats / count
     bits = loss / math.log(2) / heldout.bytes_per_token
     checkpoint.check_finite(step, {'heldout/loss': loss})
