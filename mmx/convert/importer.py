@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from mmx import checkpoint, checkpoint_params, config, sharding
+from mmx import checkpoint, checkpoint_params, config
 from mmx.config import ConfigError, Experiment, ModelConfig
 from mmx.convert import families, safetensors_io
 from mmx.convert.family import Family, read_json

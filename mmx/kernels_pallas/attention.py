@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from mmx.kernels_pallas.chunks import join, product, split
+
 CHUNK = 64  # queries; smaller skips more of the future, larger makes better matrix products
 SPAN = 256  # slots of a cache read at once
 
@@ -39,17 +41,11 @@ def _chunks(T):
   return [(start, min(start + chunk, T)) for start in range(0, T, chunk)]
 
 
-def _batched(a, b, axis_a, axis_b):
-  """Matrix product over [B, K] leading axes, accumulated in float32."""
-  dims = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
-  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
 def _keys_from_rows(x_BKRDh, weights_BKRS):
   """weights^T x, [B, K, S, Dh], by way of its transpose: XLA's CPU product contracts the first axis of a matrix
   several times slower than the last, and x is the small one to turn. The barriers keep it from being turned back."""
   x_BKDhR = jax.lax.optimization_barrier(jnp.swapaxes(x_BKRDh, 2, 3))
-  return jnp.swapaxes(jax.lax.optimization_barrier(_batched(x_BKDhR, weights_BKRS, 3, 2)), 2, 3)
+  return jnp.swapaxes(jax.lax.optimization_barrier(product(x_BKDhR, weights_BKRS, 3, 2)), 2, 3)
 
 
 def _scores(q_BKRDh, k_BKSDh, segment_ids_BT, start, end):
@@ -58,7 +54,7 @@ def _scores(q_BKRDh, k_BKSDh, segment_ids_BT, start, end):
   c, S = end - start, end
   causal_cS = jnp.arange(start, end)[:, None] >= jnp.arange(S)[None, :]
   visible_BcS = causal_cS[None] & (segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :S])
-  scores = _batched(q_BKRDh, k_BKSDh, 3, 3).reshape(B, K, R // c, c, S)
+  scores = product(q_BKRDh, k_BKSDh, 3, 3).reshape(B, K, R // c, c, S)
   return jnp.where(visible_BcS[:, None, None], scores, -1e30)  # a query always sees itself: no row is all masked
 
 
@@ -76,7 +72,7 @@ def _chunked_forward(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT):
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(v_BKTDh.dtype).reshape(B, K, -1, end)
-    out = _batched(weights, v_BKTDh[:, :, :end], 3, 2).reshape(B, K, G, -1, Dh) / total
+    out = product(weights, v_BKTDh[:, :, :end], 3, 2).reshape(B, K, G, -1, Dh) / total
     outputs.append(out.astype(q_BTHDh.dtype))
     logsumexps.append((top + jnp.log(total))[..., 0])
   out_BKGTDh, logsumexp_BKGT = jnp.concatenate(outputs, axis=3), jnp.concatenate(logsumexps, axis=3)
@@ -96,10 +92,10 @@ def _chunked_backward(residuals, dout_BTHDh):
     q_BKRDh, dout_BKRDh, k_BKSDh = rows(q_BKGTDh), rows(dout_BKGTDh), k_BKTDh[:, :, :end]
     scores = _scores(q_BKRDh, k_BKSDh, segment_ids_BT, start, end)
     weights = jnp.exp(scores - logsumexp_BKGT[:, :, :, start:end, None])
-    dweights = _batched(dout_BKRDh, v_BKTDh[:, :, :end], 3, 3).reshape(weights.shape)
+    dweights = product(dout_BKRDh, v_BKTDh[:, :, :end], 3, 3).reshape(weights.shape)
     dscores = (weights * (dweights - delta_BKGT[:, :, :, start:end, None])).astype(dtype).reshape(B, K, -1, end)
     weights = weights.astype(dtype).reshape(B, K, -1, end)
-    dq.append(_batched(dscores, k_BKSDh, 3, 2).reshape(B, K, G, -1, Dh))
+    dq.append(product(dscores, k_BKSDh, 3, 2).reshape(B, K, G, -1, Dh))
     dk_BKTDh = dk_BKTDh.at[:, :, :end].add(_keys_from_rows(q_BKRDh, dscores))
     dv_BKTDh = dv_BKTDh.at[:, :, :end].add(_keys_from_rows(dout_BKRDh, weights))
   dq_BKGTDh = jnp.concatenate(dq, axis=3) * Dh**-0.5
@@ -168,12 +164,12 @@ def attention_cached(q_BTHDh, k_BSKDh, v_BSKDh, positions_BT):
       k_BKsDh, v_BKsDh = (
           jax.lax.dynamic_slice_in_dim(a, first, span, axis=1).transpose(0, 2, 1, 3) for a in (k_BSKDh, v_BSKDh)
       )
-      scores = _batched(q_BKRDh, k_BKsDh, 3, 3).reshape(B, K, G, c, span) * Dh**-0.5
+      scores = product(q_BKRDh, k_BKsDh, 3, 3).reshape(B, K, G, c, span) * Dh**-0.5
       scores = jnp.where(visible_Bcs[:, None, None], scores, -1e30).reshape(B, K, G * c, span)
       higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
       weights, keep = jnp.exp(scores - higher), jnp.exp(top - higher)
       total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
-      return higher, total, out * keep + _batched(weights.astype(v_BKsDh.dtype), v_BKsDh, 3, 2)
+      return higher, total, out * keep + product(weights.astype(v_BKsDh.dtype), v_BKsDh, 3, 2)
 
     column = (B, K, G * c, 1)
     start = jnp.full(column, -1e30), jnp.zeros(column), jnp.zeros((B, K, G * c, Dh))
@@ -184,7 +180,4 @@ def attention_cached(q_BTHDh, k_BSKDh, v_BSKDh, positions_BT):
 
   if T == c:
     return attend((q_BTHDh, positions_BT))
-  chunked = lambda a: jnp.moveaxis(jnp.pad(a, ((0, 0), (0, -T % c)) + ((0, 0),) * (a.ndim - 2)).reshape(
-      B, -1, c, *a.shape[2:]), 1, 0)
-  out = jax.lax.map(attend, (chunked(q_BTHDh), chunked(positions_BT)))
-  return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, Dh)[:, :T]
+  return join(jax.lax.map(attend, (split(q_BTHDh, c), split(positions_BT, c))), T)

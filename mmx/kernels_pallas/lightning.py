@@ -20,6 +20,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mmx.kernels_pallas.chunks import join, product, split
+
 
 def lightning_chunked(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh=None, chunk=64):
   """`reference.lightning` by chunks, one after the other; T = 1 is one step of the recurrence.
@@ -31,8 +33,8 @@ def lightning_chunked(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state
   B, T, H, Dh = q_BTHDh.shape
   chunk = min(chunk, T)
   slopes_H = jax.lax.stop_gradient(slopes_H.astype(jnp.float32))
-  segment_ids_NBc = _in_chunks(segment_ids_BT, chunk)
-  xs = (*(_in_chunks(a, chunk).swapaxes(2, 3) for a in (q_BTHDh, k_BTHDh, v_BTHDh)), segment_ids_NBc)
+  segment_ids_NBc = split(segment_ids_BT, chunk)
+  xs = (*(split(a, chunk).swapaxes(2, 3) for a in (q_BTHDh, k_BTHDh, v_BTHDh)), segment_ids_NBc)
   if state_BHDhDh is None:
     state_BHDhDh = jnp.zeros((B, H, Dh, Dh), jnp.float32)
   # The document that the state belongs to: at the start, the row's first.
@@ -40,14 +42,7 @@ def lightning_chunked(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state
   step = functools.partial(_one_chunk, slopes_H, _decay_within(slopes_H, chunk))
   start = state_BHDhDh.astype(jnp.float32), first_B
   (state_BHDhDh, _), o_NBHcDh = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, xs)
-  return o_NBHcDh.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, Dh)[:, :T], state_BHDhDh
-
-
-def _in_chunks(a_BT, chunk):
-  """[B, T, ...] -> [N, B, c, ...], padded with zeros: segment 0."""
-  B, T = a_BT.shape[:2]
-  padded = jnp.pad(a_BT, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (a_BT.ndim - 2))
-  return jnp.moveaxis(padded.reshape(B, -1, chunk, *a_BT.shape[2:]), 1, 0)
+  return join(o_NBHcDh.swapaxes(2, 3), T), state_BHDhDh
 
 
 def _decay_within(slopes_H, chunk):
@@ -72,14 +67,8 @@ def _one_chunk(slopes_H, within_1Hcc, carry, xs):
   same_Bcc = (segment_ids_Bc[:, :, None] == segment_ids_Bc[:, None, :]) & real_Bc[:, :, None]
 
   # Inputs in bfloat16 meet float32 decays: their products with the state are float32 products.
-  weights_BHcc = _batched(q_BHcDh, k_BHcDh, 3, 3) * jnp.where(same_Bcc[:, None], within_1Hcc, 0)
-  o_BHcDh = _batched(weights_BHcc.astype(v_BHcDh.dtype), v_BHcDh, 3, 2)
-  o_BHcDh += _batched(q_BHcDh.astype(jnp.float32), state_BHDhDh, 3, 2) * into_BHc[..., None]
-  added_BHDhDh = _batched(k_BHcDh * out_of_BHc[..., None], v_BHcDh.astype(jnp.float32), 2, 2)
+  weights_BHcc = product(q_BHcDh, k_BHcDh, 3, 3) * jnp.where(same_Bcc[:, None], within_1Hcc, 0)
+  o_BHcDh = product(weights_BHcc.astype(v_BHcDh.dtype), v_BHcDh, 3, 2)
+  o_BHcDh += product(q_BHcDh.astype(jnp.float32), state_BHDhDh, 3, 2) * into_BHc[..., None]
+  added_BHDhDh = product(k_BHcDh * out_of_BHc[..., None], v_BHcDh.astype(jnp.float32), 2, 2)
   return (state_BHDhDh * kept_BH1[..., None] + added_BHDhDh, last_B), o_BHcDh.astype(q_BHcDh.dtype)
-
-
-def _batched(a, b, axis_a, axis_b):
-  """Matrix product over [B, H] leading axes, accumulated in float32."""
-  dims = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
-  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)

@@ -16,6 +16,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mmx.kernels_pallas.chunks import join, product, split
+
 NOWHERE = -1  # segment and position of a key that is not there
 
 
@@ -29,9 +31,9 @@ def sliding_chunked(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, win
   B, T, H, Dh = q_BTHDh.shape
   K = k_BTKDh.shape[2]
   chunk = min(T, max(16, window // 4))
-  heads_first = lambda a_BTKDh: _in_chunks(a_BTKDh, chunk).swapaxes(2, 3)
+  heads_first = lambda a_BTKDh: split(a_BTKDh, chunk).swapaxes(2, 3)
   q_NBKRDh = heads_first(q_BTHDh * Dh**-0.5).reshape(-1, B, K, H // K * chunk, Dh)
-  own = heads_first(k_BTKDh), heads_first(v_BTKDh), _in_chunks(segment_ids_BT, chunk), _in_chunks(positions_BT, chunk)
+  own = heads_first(k_BTKDh), heads_first(v_BTKDh), split(segment_ids_BT, chunk), split(positions_BT, chunk)
 
   new = k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT
   past = _in_order(past, new) if past else tuple(a[:, :0] for a in new)
@@ -46,7 +48,7 @@ def sliding_chunked(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, win
   step = functools.partial(_one_chunk, window, sink_tokens)
   _, out_NBKRDh = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), before, (q_NBKRDh, own, sinks))
   out_NBHcDh = out_NBKRDh.reshape(-1, B, H, chunk, Dh)
-  return out_NBHcDh.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, Dh)[:, :T]
+  return join(out_NBHcDh.swapaxes(2, 3), T)
 
 
 def sliding_slots(q_BTHDh, k_BSKDh, v_BSKDh, slot_positions_BS, positions_BT, window, sink_tokens=0):
@@ -93,27 +95,14 @@ def _attend(q_BKRDh, k_BKSDh, v_BKSDh, seen_BcS):
   """Softmax attention of scaled queries; R = G*c, as the heads of a group share keys."""
   B, c, S = seen_BcS.shape
   K, R = q_BKRDh.shape[1:3]
-  scores = _batched(q_BKRDh, k_BKSDh, 3, 3).reshape(B, K, R // c, c, S)
+  scores = product(q_BKRDh, k_BKSDh, 3, 3).reshape(B, K, R // c, c, S)
   # Not -inf: a query sees itself, but a row of a batch that sits a decoding step out may see nothing.
   weights = jax.nn.softmax(jnp.where(seen_BcS[:, None, None], scores, -1e30), axis=-1).astype(v_BKSDh.dtype)
-  return _batched(weights.reshape(B, K, R, S), v_BKSDh, 3, 2).astype(q_BKRDh.dtype)
-
-
-def _batched(a, b, axis_a, axis_b):
-  """Matrix product over [B, K] leading axes, accumulated in float32."""
-  dims = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
-  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+  return product(weights.reshape(B, K, R, S), v_BKSDh, 3, 2).astype(q_BKRDh.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # which keys a chunk gets
-
-
-def _in_chunks(a_BT, chunk):
-  """[B, T, ...] -> [N, B, c, ...], padded with zeros."""
-  B, T = a_BT.shape[:2]
-  padded = jnp.pad(a_BT, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (a_BT.ndim - 2))
-  return jnp.moveaxis(padded.reshape(B, -1, chunk, *a_BT.shape[2:]), 1, 0)
 
 
 def _last(a_BP, count, fill):

@@ -1,7 +1,7 @@
 """MiniMax Sparse Attention (arXiv:2606.13392): a query and kv head attends to the k blocks that an index branch picks.
 
   gather   everywhere. Index scores streamed over keys, top-k, then blocks outside and queries inside: the pairs (query,
-           block) of a chunk of queries are sorted by block and cut into tiles of r queries that share one block, so that
+           block) of a chunk of queries are sorted by block and cut into tiles of r queries of one block, so that
            a tile is a matrix product of r*G rows and a block is read once for them all (MSA, section 4). All that is
            moved is gathered; only the gradients of keys are added up in place, tile after tile, always in one order.
            Against gathering each query's blocks: 0.2 times the time on CPU at T=2048, k=8, b=32, G=4.
@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mmx.kernels_pallas.chunks import join, product, split
+
 SPAN = 2048  # index keys scored at once: 1 MiB at Di = 128 stays in the cache that the copied slice is read from
 SELECT_ELEMENTS = 2**21  # index scores at once, B*c*K*SPAN
 CHUNK_ELEMENTS = 2**25  # of the outputs of one chunk's pairs, R*G*Dh: 128 MiB in float32
@@ -32,6 +34,7 @@ PREFIX_CHUNK = 64  # most queries of the warm-up's divergence at once
 PREFIX_ELEMENTS = 2**24  # most scores of it at once, B*H*c*T
 RECALL_QUERIES = 32  # queries of a row that selection is judged by
 MASKED = -1e30
+_product = functools.partial(product, batch_axes=1)  # of W pairs of matrices
 
 
 class Keys(NamedTuple):
@@ -83,8 +86,8 @@ def msa_cached_gather(q_BTHDh, k_BSKDh, v_BSKDh, index_q_BTKDi, index_k_BSDi, sl
     return _attend(queries, keys, _plan(ids_BcKk, queries, keys))[0]
 
   ids_BTKk = select_blocks(index_q_BTKDi, index_k_BSDi, slots_BT, None, block_size, top_k)
-  queries = Queries(_split(q_BTHDh, chunk), _split(index_q_BTKDi, chunk), _split(slots_BT, chunk, -1), None)
-  return _join(lax.map(attend, (queries, _split(ids_BTKk, chunk, -1))), q_BTHDh.shape[1])
+  queries = Queries(split(q_BTHDh, chunk), split(index_q_BTKDi, chunk), split(slots_BT, chunk, -1), None)
+  return join(lax.map(attend, (queries, split(ids_BTKk, chunk, -1))), q_BTHDh.shape[1])
 
 
 def select_blocks(index_q_BTKDi, index_k_BSDi, slots_BT, segments, block_size, top_k):
@@ -101,8 +104,8 @@ def select_blocks(index_q_BTKDi, index_k_BSDi, slots_BT, segments, block_size, t
   query_segments, key_segments = segments or (None, None)
   keys = Keys(None, None, _blocks(index_k_BSDi, block_size), _blocks(key_segments, block_size))
   chunk = max(1, min(T, SELECT_ELEMENTS // (B * K * min(index_k_BSDi.shape[1], SPAN))))
-  chunks = Queries(None, _split(index_q_BTKDi, chunk), _split(slots_BT, chunk, -1), _split(query_segments, chunk))
-  return _join(lax.map(lambda queries: _select(queries, keys, top_k), chunks), T)
+  chunks = Queries(None, split(index_q_BTKDi, chunk), split(slots_BT, chunk, -1), split(query_segments, chunk))
+  return join(lax.map(lambda queries: _select(queries, keys, top_k), chunks), T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,21 +119,6 @@ def _blocks(x, b):
   B, S = x.shape[:2]
   x = jnp.pad(x, ((0, 0), (0, -S % b)) + ((0, 0),) * (x.ndim - 2)) if S % b else x
   return x.reshape(B, -1, b, *x.shape[2:])
-
-
-def _split(x, c, fill=0):
-  """[B, T, ...] -> [chunks, B, c, ...], padded with `fill`."""
-  if x is None:
-    return None
-  B, T = x.shape[:2]
-  x = jnp.pad(x, ((0, 0), (0, -T % c)) + ((0, 0),) * (x.ndim - 2), constant_values=fill) if T % c else x
-  return jnp.moveaxis(x.reshape(B, -1, c, *x.shape[2:]), 1, 0)
-
-
-def _join(x, T):
-  """[chunks, B, c, ...] -> [B, T, ...]."""
-  x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
 
 def _chunk_length(q_BTHDh, top_k):
@@ -264,11 +252,6 @@ def _over_tiles(tiles, queries, keys, step, start):
 def _rows(x_N, query_Wr):
   """Rows of each tile's queries; where there is none, some row."""
   return x_N.at[query_Wr].get(mode='clip')
-
-
-def _product(a, b, axis_a, axis_b):
-  """Products of W pairs of matrices, accumulated in float32."""
-  return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 def _scores(q_WrGDh, k_WbDh, visible_Wrb):
@@ -409,7 +392,7 @@ def _sides(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_B
   """Queries in chunks, keys in blocks."""
   c = _chunk_length(q_BTHDh, top_k)
   slots_BT = _slots(segment_ids_BT)
-  chunks = Queries(_split(q_BTHDh, c), _split(index_q_BTKDi, c), _split(slots_BT, c, -1), _split(segment_ids_BT, c))
+  chunks = Queries(split(q_BTHDh, c), split(index_q_BTKDi, c), split(slots_BT, c, -1), split(segment_ids_BT, c))
   return chunks, Keys(*(_blocks(a, b) for a in (k_BTKDh, v_BTKDh, index_k_BTDi, segment_ids_BT)))
 
 
@@ -419,7 +402,7 @@ def _forward(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids
   segments = segment_ids_BT, segment_ids_BT
   ids_BTKk = select_blocks(index_q_BTKDi, index_k_BTDi, _slots(segment_ids_BT), segments, block_size, top_k)
   chunks, keys = _sides(*inputs, block_size, top_k)
-  ids = _split(ids_BTKk, chunks.slot_Bc.shape[2], -1)
+  ids = split(ids_BTKk, chunks.slot_Bc.shape[2], -1)
 
   def one_chunk(dindex_k_BPbDi, chunk):
     queries, ids_BcKk = chunk
@@ -430,8 +413,8 @@ def _forward(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids
 
   start = jnp.zeros(keys.index_BPbDi.shape, jnp.float32)
   dindex_k, (out, logsumexp, kl, dindex_q) = lax.scan(one_chunk, start, (chunks, ids))
-  dindex = _join(dindex_q, T).astype(index_q_BTKDi.dtype), _unblock(dindex_k, index_k_BTDi)
-  out_BTHDh = _join(out, T)
+  dindex = join(dindex_q, T).astype(index_q_BTKDi.dtype), _unblock(dindex_k, index_k_BTDi)
+  out_BTHDh = join(out, T)
   return (out_BTHDh, jnp.sum(kl, axis=0)), (inputs, out_BTHDh, logsumexp, ids, dindex)
 
 
@@ -454,10 +437,10 @@ def _backward(block_size, top_k, residuals, cotangents):
     return dkeys, dq
 
   start = (jnp.zeros(keys.k_BPbKDh.shape, jnp.float32),) * 2
-  chunks = chunks, ids, logsumexp, _split(out_BTHDh, c), _split(dout_BTHDh.astype(q_BTHDh.dtype), c)
+  chunks = chunks, ids, logsumexp, split(out_BTHDh, c), split(dout_BTHDh.astype(q_BTHDh.dtype), c)
   (dk, dv), dq = lax.scan(one_chunk, start, chunks)
   return (
-      _join(dq, q_BTHDh.shape[1]), _unblock(dk, k_BTKDh), _unblock(dv, v_BTKDh),
+      join(dq, q_BTHDh.shape[1]), _unblock(dk, k_BTKDh), _unblock(dv, v_BTKDh),
       _per_row(dkl_B, dindex_q_BTKDi), _per_row(dkl_B, dindex_k_BTDi), None,
   )
 
@@ -483,7 +466,7 @@ def _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_B
   K, Di = index_q_BTKDi.shape[2:]
   chunk = max(1, min(PREFIX_CHUNK, PREFIX_ELEMENTS // (B * H * T)))
   span = -(-T // (8 * chunk)) * chunk  # queries that get the same prefix: an eighth, so that a 16th of it is future
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   slots_BT = _slots(segment_ids_BT)
   k_BKTDh = k_BTKDh.transpose(0, 2, 1, 3)
 
@@ -493,25 +476,25 @@ def _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_B
     visible_BcS &= segment_ids_BT[:, None, :end] == segment_Bc[..., None]
     masked = lambda scores, visible: jnp.where(visible, scores, MASKED)
     q_BKGcDh = q_BcHDh.reshape(B, -1, K, H // K, Dh).transpose(0, 2, 3, 1, 4)
-    scores = product('bkgcd,bksd->bkgcs', q_BKGcDh, k_BKTDh[:, :, :end]) * Dh**-0.5
+    scores = einsum('bkgcd,bksd->bkgcs', q_BKGcDh, k_BKTDh[:, :, :end]) * Dh**-0.5
     teacher = jnp.mean(jax.nn.softmax(masked(scores, visible_BcS[:, None, None]), axis=-1), axis=2)
-    index_scores = product('bcki,bsi->bkcs', index_BcKDi, index_k_BTDi[:, :end]) * Di**-0.5
+    index_scores = einsum('bcki,bsi->bkcs', index_BcKDi, index_k_BTDi[:, :end]) * Di**-0.5
     log_student = jax.nn.log_softmax(masked(index_scores, visible_BcS[:, None]), axis=-1)
     kl_BKc, dscores = _kl(teacher, log_student)
     counts_B1c = segment_Bc[:, None] > 0
     dscores = jnp.where(counts_B1c[..., None], dscores * Di**-0.5, 0).astype(index_BcKDi.dtype)
     kl_B = jnp.sum(jnp.where(counts_B1c, kl_BKc, 0), axis=(1, 2))
-    dindex_k_BTDi = dindex_k_BTDi.at[:, :end].add(product('bkcs,bcki->bsi', dscores, index_BcKDi))
-    return dindex_k_BTDi, (kl_B, product('bkcs,bsi->bcki', dscores, index_k_BTDi[:, :end]))
+    dindex_k_BTDi = dindex_k_BTDi.at[:, :end].add(einsum('bkcs,bcki->bsi', dscores, index_BcKDi))
+    return dindex_k_BTDi, (kl_B, einsum('bkcs,bsi->bcki', dscores, index_k_BTDi[:, :end]))
 
   kl_B, dindex_q, dindex_k_BTDi = jnp.zeros(B), [], jnp.zeros((B, T, Di))
   for start in range(0, T, span):
     end = min(start + span, T)
     pieces = (q_BTHDh, 0), (index_q_BTKDi, 0), (slots_BT, -1), (segment_ids_BT, 0)
-    chunks = Queries(*(_split(a[:, start:end], chunk, fill) for a, fill in pieces))
+    chunks = Queries(*(split(a[:, start:end], chunk, fill) for a, fill in pieces))
     dindex_k_BTDi, (kl, dq) = lax.scan(functools.partial(one_chunk, end), dindex_k_BTDi, chunks)
     kl_B += jnp.sum(kl, axis=0)
-    dindex_q.append(_join(dq, end - start))
+    dindex_q.append(join(dq, end - start))
   dindex_q_BTKDi = jnp.concatenate(dindex_q, axis=1).astype(index_q_BTKDi.dtype)
   return kl_B, (q_BTHDh, k_BTKDh, dindex_q_BTKDi, dindex_k_BTDi.astype(index_k_BTDi.dtype))
 

@@ -1,0 +1,26 @@
+"""What the forms in chunks share: cutting a sequence up, putting it together, products of many small matrices."""
+
+import jax
+import jax.numpy as jnp
+
+
+def split(x, chunk, fill=0):
+  """[B, T, ...] -> [N, B, c, ...], N = ceil(T / c), padded with `fill`; None stays None."""
+  if x is None:
+    return None
+  B, T = x.shape[:2]
+  x = jnp.pad(x, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (x.ndim - 2), constant_values=fill) if T % chunk else x
+  return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def join(x, T):
+  """[N, B, c, ...] -> [B, T, ...], the padding cut off."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+
+
+def product(a, b, axis_a, axis_b, batch_axes=2):
+  """Matrix products over the leading `batch_axes`, contracting axis_a with axis_b, accumulated in float32."""
+  batch = tuple(range(batch_axes))
+  dims = (((axis_a,), (axis_b,)), (batch, batch))
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
