@@ -7,7 +7,6 @@ The prompt goes through the model in chunks of one shape (prefill), then every t
 compiled, whatever the lengths. For serving many requests at once this is not the place.
 """
 
-import argparse
 import functools
 import logging
 import pathlib
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from mmx import config
+from mmx.command import errors_in_one_line, parser
 
 PREFILL_CHUNK = 256  # tokens
 
@@ -30,16 +30,9 @@ class Sampling(NamedTuple):
   top_p: float = 1.0
 
 
-class Parser(argparse.ArgumentParser):
-  """What a person can mend is one line."""
-
-  def error(self, message):
-    sys.exit(f'error: {message}')
-
-
-def parser() -> Parser:
+def parse(argv):
   """The defaults of sampling are those published for M2."""
-  options = Parser(prog='python -m mmx.generate', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  options = parser('mmx.generate', __doc__)
   options.add_argument('--checkpoint', required=True, help='folder of a run, or of an imported checkpoint')
   options.add_argument('--prompt', default='', help='text to continue; a dash reads it from the standard input')
   options.add_argument('--max_new_tokens', type=int, default=256, help='tokens at most')
@@ -47,21 +40,14 @@ def parser() -> Parser:
   options.add_argument('--top_k', type=int, default=40, help='only the k likeliest tokens; 0 is all')
   options.add_argument('--top_p', type=float, default=0.95, help='the likeliest tokens that hold this probability')
   options.add_argument('--seed', type=int, default=0, help='of the random choices')
-  return options
+  return options.parse_args(argv)
 
 
 def main(argv=None) -> None:
-  """Whatever a person can mend ends in one line, `error: ...`, and exit code 1."""
-  options = parser().parse_args(argv)
+  options = parse(argv)
   logging.getLogger('absl').setLevel(logging.WARNING)
-  try:
+  with errors_in_one_line():
     run(options)
-  except (config.ConfigError, OSError) as error:
-    sys.exit(f'error: {error}')
-  except RuntimeError as error:
-    if type(error).__module__.startswith('mmx.'):
-      sys.exit(f'error: {error}')
-    raise
 
 
 def run(options) -> None:

@@ -24,6 +24,7 @@ from importlib import metadata
 from absl import app, flags, logging
 
 from mmx import config
+from mmx.command import errors_in_one_line, stop
 
 CONFIG = flags.DEFINE_string('config', None, 'Experiment: a .py file with get_config, or a .gin file.')
 ARM = flags.DEFINE_list('arm', None, 'Arms to run, by name; all if left out.')
@@ -43,25 +44,14 @@ def parse_flags(argv):
 
 
 def main(argv):
-  """Everything that a person can mend ends in one line, `error: ...`, and exit code 1."""
   if len(argv) > 1:
     stop(f'unexpected argument {argv[1]!r}; every option starts with --')
   if CONFIG.value is None:
     stop('--config is missing; name an experiment, such as --config=experiments/moe_ablation.py')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
-  try:
+  with errors_in_one_line():
     run_experiment()
-  except (config.ConfigError, OSError) as error:
-    stop(error)
-  except (RuntimeError, ValueError) as error:
-    if type(error).__module__.startswith('mmx.'):  # CheckpointError, UnsupportedError, ...: one line says it all
-      stop(error)
-    raise
-
-
-def stop(error):
-  sys.exit(f'error: {error}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------

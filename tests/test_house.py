@@ -28,6 +28,7 @@ MAY_IMPORT = {
     'schema': '',
     'config': 'schema',
     'gin_syntax': 'config',
+    'command': 'config',
     'sweep': 'config',
     'flops': 'config',
     'metrics': '',
@@ -40,13 +41,15 @@ MAY_IMPORT = {
     'layers': 'config sharding kernels_pallas',
     'model': 'config layers',
     'checkpoint_params': 'config checkpoint sharding model',
-    'convert': 'config gin_syntax data sharding checkpoint model checkpoint_params',
-    'generate': 'config data model checkpoint checkpoint_params',
-    'evals': 'config metrics report distributed sharding data model checkpoint checkpoint_params generate',
+    'convert': 'config command gin_syntax data sharding checkpoint model checkpoint_params',
+    'generate': 'config command data model checkpoint checkpoint_params',
+    'evals': 'config command metrics report distributed sharding data model checkpoint checkpoint_params generate',
     'loss': '',
     'optimizer': 'config',
     'train_step': 'config sharding layers model loss optimizer',
-    'train': 'config flops metrics report distributed checkpoint checkpoint_params sharding data train_step evals',
+    'train': (
+        'config command flops metrics report distributed checkpoint checkpoint_params sharding data train_step evals'
+    ),
 }
 # Parsing gin text is a file of its own, which `config.load` calls and which fills in the schema of config.
 CYCLES = {('config', 'gin_syntax')}

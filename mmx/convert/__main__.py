@@ -16,22 +16,15 @@ import re
 import sys
 
 from mmx import config
-from mmx.config import ConfigError
+from mmx.command import errors_in_one_line, parser
 
 UNITS = {'': 1, 'KB': 1e3, 'MB': 1e6, 'GB': 1e9}
 
 
-class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line."""
-
-  def error(self, message):
-    sys.exit(f'error: {message}')
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
   """Options of the command line."""
-  parser = _Parser('python -m mmx.convert', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  commands = parser.add_subparsers(dest='command', required=True, metavar='import | export | verify')
+  options = parser('mmx.convert', __doc__)
+  commands = options.add_subparsers(dest='command', required=True, metavar='import | export | verify')
   command = commands.add_parser('import', help='a Hugging Face folder into a run folder')
   command.add_argument('source', metavar='HF_DIR', type=pathlib.Path)
   command.add_argument('target', metavar='CKPT_DIR', type=pathlib.Path)
@@ -46,20 +39,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
   command.add_argument('--reference', required=True, type=pathlib.Path, help='.npz: tokens [B, T], logits [B, T, V]')
   command.add_argument('--tolerance', type=float, default=2e-5, help='on the difference over the largest logit')
   _add_set(command)
-  return parser.parse_args(argv)
+  return options.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
   """0, or 1 for a difference above the tolerance; whatever a person can mend ends in one line and 1."""
   options = parse(argv)
-  try:
+  with errors_in_one_line():
     return run(options)
-  except (ConfigError, OSError) as error:
-    sys.exit(f'error: {error}')
-  except RuntimeError as error:
-    if type(error).__module__.startswith('mmx.'):
-      sys.exit(f'error: {error}')
-    raise
 
 
 def run(options: argparse.Namespace) -> int:

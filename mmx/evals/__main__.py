@@ -6,50 +6,31 @@
 Prints task x length with 95% intervals over samples and writes the same as JSON, by default into the run's folder.
 """
 
-import argparse
 import json
 import pathlib
 import re
-import sys
 import time
 
+from mmx.command import errors_in_one_line, parser
 from mmx.config import ConfigError
 
 
-class Parser(argparse.ArgumentParser):
-  """What a person can mend is one line."""
-
-  def error(self, message):
-    stop(message)
-
-
-def parser() -> Parser:
-  parser = Parser(prog='python -m mmx.evals', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument('--checkpoint', required=True, help='folder of a run, or of an imported checkpoint')
-  parser.add_argument('--tasks', default='ruler', help='ruler, which is all of its tasks, or some by name: vt,cwe')
-  parser.add_argument('--lengths', default='1k,4k', help='in tokens, answers included; 4k is 4096')
-  parser.add_argument('--samples', type=int, default=32, help='questions (in symbols: documents) of a task and length')
-  parser.add_argument('--batch', type=int, default=8, help='questions answered together')
-  parser.add_argument('--seed', type=int, default=0, help='of the samples')
-  parser.add_argument('--json', help='where to write the scores; ruler.json in the checkpoint folder if left out')
-  return parser
+def parse(argv):
+  options = parser('mmx.evals', __doc__)
+  options.add_argument('--checkpoint', required=True, help='folder of a run, or of an imported checkpoint')
+  options.add_argument('--tasks', default='ruler', help='ruler, which is all of its tasks, or some by name: vt,cwe')
+  options.add_argument('--lengths', default='1k,4k', help='in tokens, answers included; 4k is 4096')
+  options.add_argument('--samples', type=int, default=32, help='questions (in symbols: documents) of a task and length')
+  options.add_argument('--batch', type=int, default=8, help='questions answered together')
+  options.add_argument('--seed', type=int, default=0, help='of the samples')
+  options.add_argument('--json', help='where to write the scores; ruler.json in the checkpoint folder if left out')
+  return options.parse_args(argv)
 
 
 def main(argv=None) -> None:
-  """Everything that a person can mend ends in one line, `error: ...`, and exit code 1."""
-  options = parser().parse_args(argv)
-  try:
+  options = parse(argv)
+  with errors_in_one_line():
     judge(options)
-  except (ConfigError, OSError) as error:
-    stop(error)
-  except RuntimeError as error:
-    if type(error).__module__.startswith('mmx.'):
-      stop(error)
-    raise
-
-
-def stop(error):
-  sys.exit(f'error: {error}')
 
 
 def judge(options) -> None:
