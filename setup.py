@@ -29,6 +29,7 @@ setup(
     extras_require={
         'test': ['pytest>=8', 'pytest-xdist>=3.6'],
         'hf': ['torch>=2.7', 'transformers>=5.23'],
+        'aot': ['jax[tpu]>=0.10.2,<0.13'],  # libtpu compiles without a TPU
         'tpu': ['jax[tpu]>=0.10.2,<0.13'],
         'cuda': ['jax[cuda13]>=0.10.2,<0.13'],
     },
