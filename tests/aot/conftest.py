@@ -27,7 +27,6 @@ def compile_for_tpu(request):
            'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_MIN_LOG_LEVEL': '3', 'TPU_STDERR_LOG_LEVEL': '3'}
   for name, value in quiet.items():
     os.environ.setdefault(name, value)
-  monkeypatch.setattr(jax.config, 'jax_disable_most_optimizations', False)
   topology = topologies.get_topology_desc(platform='tpu', topology_name=TPUS[request.param])
   mesh = jax.sharding.Mesh(topology.devices[:1], ('chip',))
   here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -37,4 +36,6 @@ def compile_for_tpu(request):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # else libtpu asks the host's CPU what kind of chip it is
       return jax.jit(function).trace(*placed).lower(lowering_platforms=('tpu',)).compile()
 
-  return compile_
+  jax.config.update('jax_disable_most_optimizations', False)  # what chips would run
+  yield compile_
+  jax.config.update('jax_disable_most_optimizations', True)
