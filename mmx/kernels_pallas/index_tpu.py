@@ -1,0 +1,229 @@
+"""MSA's index branch on TPU (arXiv:2606.13392): scores of tokens, the largest of each block, the k best blocks.
+
+  pooled   scores of a tile of keys against a tile of query rows, masked, and the largest of each block.
+  largest  k rounds of maximum over a query row's blocks: TPU kernels have no sort, and XLA's would sort all blocks.
+
+Both keep keys or blocks on sublanes and query rows on lanes. Then the largest of a block is an elementwise maximum of
+registers, where across lanes it would be one reduction for each row and block; the pooled scores [P, N] come out dense
+for any block size; and a decoded token still streams its keys through the matrix unit as rows, at 128 query rows.
+
+Token scores stay in VMEM. Pooled scores are kept for one chunk of queries, POOLED_BYTES of them or one tile of queries.
+Tiles of keys that no query of a tile sees are neither read nor computed. In the static schedule for v5p `pooled` takes
+1,966 bundles a tile with 80% of the matrix units' slots in use, 2,443 and 78% with segments: masks cost little beside
+the products. `largest` adds about a sixth for k = 16. A schedule is no time, and none of it has run on a TPU.
+
+Letters: B rows, T queries, S key slots, K index heads, Di index dim, b block size, P blocks, k blocks per query and
+head, c queries of a chunk, N = c*K query rows, R query rows of a tile, s keys of a tile, n = s/b blocks of a tile.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mmx.kernels_pallas.chunks import join, split
+
+LANES = 128
+ROWS = 1024  # query rows of a tile: 1024 products for each 2 bytes of keys read, above what any TPU's memory asks for
+KEYS = 1024  # keys of a tile: 8 blocks of 128, one for each sublane
+POOLED_BYTES = 2**26
+MOST_BLOCKS = 8192  # of one query row: 4 MiB for 128 rows, which `largest` holds three times
+STRIP = 64  # blocks compared at once in `largest`: 8 registers; 16 with their ids and all would spill
+
+
+def unsupported(index_q_BTKDi, index_k_BSDi, block_size):
+  """Why `select_blocks_pallas` cannot serve these arguments, or ''."""
+  _, S, Di = index_k_BSDi.shape
+  if index_q_BTKDi.dtype != index_k_BSDi.dtype or index_k_BSDi.dtype not in (jnp.bfloat16, jnp.float32):
+    return f'needs both bfloat16 or both float32, got index_q {index_q_BTKDi.dtype} and index_k {index_k_BSDi.dtype}'
+  if Di % 32 or Di > 256:
+    return f'needs an index dim in multiples of 32 up to 256, got {Di}'
+  if block_size not in (8, 16, 32, 64, 128):
+    return f'needs a block_size of 8, 16, 32, 64 or 128, got {block_size}'
+  if pl.cdiv(S, block_size) > MOST_BLOCKS:
+    return f'needs at most {MOST_BLOCKS} blocks of keys, got {pl.cdiv(S, block_size)} of block_size {block_size}'
+  return ''
+
+
+def select_blocks_pallas(index_q_BTKDi, index_k_BSDi, slots_BT, segments, block_size, top_k, interpret=False):
+  """The k best blocks of each query and index head; the meaning is that of `sparse.select_blocks`.
+
+  Args:
+    slots_BT: int32 slot of each query; -1 is padding.
+    segments: (segment_ids_BT, segment_ids_BS) of queries and keys, or None.
+    interpret: run in Pallas's interpret mode, on any platform.
+
+  Returns:
+    int32 [B, T, K, k], own block first, then by falling score, ties to the lower block, -1 where fewer are visible.
+    No gradient.
+  """
+  index_q_BTKDi, index_k_BSDi = lax.stop_gradient((index_q_BTKDi, index_k_BSDi))
+  B, T, K, Di = index_q_BTKDi.shape
+  S = index_k_BSDi.shape[1]
+  P = pl.cdiv(pl.cdiv(S, KEYS) * (KEYS // block_size), STRIP) * STRIP
+  least = LANES // math.gcd(LANES, K)  # fewest queries that fill lanes
+  tile = min(max(least, ROWS // K // least * least), pl.cdiv(T, least) * least)
+  chunk = tile * max(1, min(pl.cdiv(T, tile), POOLED_BYTES // (B * tile * K * P * 4)))
+  query_segments, key_segments = segments or (None, None)
+  if key_segments is not None:
+    key_segments = jnp.pad(key_segments, ((0, 0), (0, -S % KEYS))).reshape(B, -1, LANES)
+
+  def one_chunk(queries):
+    q_BcKDi, slot_Bc, segment_Bc = queries
+    per_row = lambda x_Bc: None if x_Bc is None else jnp.repeat(x_Bc, K, axis=1)[:, None]
+    slot_B1N = per_row(slot_Bc)
+    q_BNDi = q_BcKDi.reshape(B, chunk * K, Di)
+    pooled_BPN = _pooled(
+        q_BNDi, index_k_BSDi, slot_B1N, per_row(segment_Bc), key_segments, P, tile * K, block_size, interpret
+    )
+    own_B1N = jnp.where(slot_B1N < 0, -1, slot_B1N // block_size)
+    return _largest(pooled_BPN, own_B1N, top_k, interpret)
+
+  ids = lax.map(one_chunk, (split(index_q_BTKDi, chunk), split(slots_BT, chunk, -1), split(query_segments, chunk)))
+  # Turned once at the end: with its k in lanes, padded to 128, the output of all chunks would be held 8 times over.
+  return join(ids.reshape(-1, B, top_k, chunk, K).transpose(0, 1, 3, 4, 2), T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scores of tokens, the largest of each block
+
+
+def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, interpret):
+  """float32 [B, P, N]: each block's largest score, unscaled, -inf where nothing is visible; no value behind slot S."""
+  B, N, Di = q_BNDi.shape
+  S, n = k_BSDi.shape[1], KEYS // block
+  tiles = pl.cdiv(S, KEYS)
+  first_Bt, last_Bt = _spans(slot_B1N, segment_B1N, key_segments, R, tiles)
+  # A step that computes nothing names the tile that is there already, and nothing is copied.
+  seen = lambda b, i, j, first, last: jnp.maximum(jnp.clip(j, first[b, i], last[b, i]), 0)
+  rows = pl.BlockSpec((1, 1, R), lambda b, i, j, *_: (b, 0, i))
+  in_specs = [
+      pl.BlockSpec((1, R, Di), lambda b, i, j, *_: (b, i, 0)),
+      pl.BlockSpec((1, KEYS, Di), lambda *at: (at[0], seen(*at), 0)),
+      rows,
+  ]
+  arguments = q_BNDi, k_BSDi, slot_B1N
+  if key_segments is not None:
+    in_specs += [rows, pl.BlockSpec((1, KEYS // LANES, LANES), lambda *at: (at[0], seen(*at), 0))]
+    arguments += segment_B1N, key_segments
+  return pl.pallas_call(
+      functools.partial(_pooled_kernel, block=block),
+      out_shape=jax.ShapeDtypeStruct((B, P, N), jnp.float32),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=2, grid=(B, N // R, tiles), in_specs=in_specs,
+          out_specs=pl.BlockSpec((1, n, R), lambda b, i, j, *_: (b, j, i)),
+      ),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
+      cost_estimate=pl.CostEstimate(
+          flops=2 * B * N * S * Di, transcendentals=0,
+          bytes_accessed=B * (N // R * S * Di * k_BSDi.dtype.itemsize + q_BNDi.nbytes // B + 4 * P * N),
+      ),
+      interpret=interpret,
+  )(first_Bt, last_Bt, *arguments)
+
+
+def _spans(slot_B1N, segment_B1N, key_segments, R, tiles):
+  """First and last tile of keys that a tile of queries may see: int32 [B, N/R] each, last -1 where none."""
+  in_tiles = lambda x: x.reshape(x.shape[0], -1, R)
+  slot_BtR = in_tiles(slot_B1N)
+  last_Bt = jnp.max(slot_BtR, axis=-1) // KEYS
+  if segment_B1N is None:
+    return jnp.zeros_like(last_Bt), last_Bt
+  # Padding is of no segment. Segments of queries and keys can only be equal where their ranges meet.
+  most = jnp.iinfo(jnp.int32).max
+  low_Bt1 = jnp.min(jnp.where(slot_BtR < 0, most, in_tiles(segment_B1N)), axis=-1, keepdims=True)
+  high_Bt1 = jnp.max(jnp.where(slot_BtR < 0, -most, in_tiles(segment_B1N)), axis=-1, keepdims=True)
+  keys_B1ts = key_segments.reshape(-1, 1, tiles, KEYS)
+  meet = (jnp.min(keys_B1ts, axis=-1) <= high_Bt1) & (jnp.max(keys_B1ts, axis=-1) >= low_Bt1)
+  meet &= jnp.arange(tiles, dtype=jnp.int32)[None, None] <= last_Bt[..., None]
+  found = jnp.any(meet, axis=-1)
+  first_Bt = jnp.argmax(meet, axis=-1).astype(jnp.int32)
+  return first_Bt, jnp.where(found, tiles - 1 - jnp.argmax(meet[..., ::-1], axis=-1).astype(jnp.int32), -1)
+
+
+def _pooled_kernel(first_ref, last_ref, q_ref, k_ref, slot_ref, *refs, block):
+  *segments, out_ref = refs
+  row, tile, step = (pl.program_id(axis) for axis in range(3))
+  seen = (step >= first_ref[row, tile]) & (step <= last_ref[row, tile])
+
+  @pl.when(seen)
+  def _():
+    q_RDi = q_ref[0]
+    # bfloat16 products are exact in float32; float32 operands need all their bits, or near scores would change places.
+    precision = lax.Precision.HIGHEST if q_RDi.dtype == jnp.float32 else None
+    slot_1R = slot_ref[0] - step * KEYS
+    scores = lax.dot_general(
+        k_ref[0], q_RDi, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+    visible = lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= slot_1R
+    if segments:
+      segment_1R, key_segments = segments[0][0], segments[1][0].T  # [LANES, KEYS / LANES]: keys on sublanes
+      parts = [key_segments[:, part : part + 1] == segment_1R for part in range(KEYS // LANES)]
+      visible &= jnp.concatenate(parts)
+    # A choice, not a sum: what is behind or of another document may be NaN.
+    scores = jnp.where(visible, scores, -jnp.inf)
+    out_ref[0] = jnp.max(scores.reshape(KEYS // block, block, -1), axis=1)
+
+  @pl.when(~seen)
+  def _():
+    out_ref[0] = jnp.full(out_ref.shape[1:], -jnp.inf)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the k best blocks
+
+
+def _largest(pooled_BPN, own_B1N, top_k, interpret):
+  """int32 [B, k, N]: the blocks of each column by falling score, its own first, -1 where nothing is left."""
+  B, P, N = pooled_BPN.shape
+  # No block is visible behind a query's own.
+  strips_Bt = (jnp.max(own_B1N.reshape(B, -1, LANES), axis=-1) + STRIP) // STRIP
+  lanes = lambda rows: pl.BlockSpec((1, rows, LANES), lambda b, i, _: (b, 0, i))
+  return pl.pallas_call(
+      functools.partial(_largest_kernel, top_k=top_k),
+      out_shape=jax.ShapeDtypeStruct((B, top_k, N), jnp.int32),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=1, grid=(B, N // LANES), in_specs=[lanes(P), lanes(1)], out_specs=lanes(top_k),
+          scratch_shapes=[pltpu.VMEM((P, LANES), jnp.float32)],
+      ),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel')),
+      cost_estimate=pl.CostEstimate(
+          flops=6 * B * P * N * top_k, transcendentals=0, bytes_accessed=pooled_BPN.nbytes + 4 * B * N * (top_k + 1)
+      ),
+      interpret=interpret,
+  )(strips_Bt, pooled_BPN, own_B1N)
+
+
+def _largest_kernel(strips_ref, pooled_ref, own_ref, ids_ref, left_ref, *, top_k):
+  P, own_1L = left_ref.shape[0], own_ref[0]
+  block_h = lax.broadcasted_iota(jnp.int32, (STRIP, LANES), 0)
+  strips = strips_ref[pl.program_id(0), pl.program_id(1)]
+  at = lambda i: pl.ds(pl.multiple_of(i * STRIP, STRIP), STRIP)
+
+  def load(i, _):
+    left_ref[at(i)] = jnp.where(block_h + i * STRIP <= own_1L, pooled_ref[0, at(i)], -jnp.inf)
+
+  def strip(i, carry, taken, value):
+    """Sets `taken` to `value`; the largest of what stands at each place of a strip so far, and its block."""
+    best, best_id = carry
+    ids = block_h + i * STRIP
+    scores = jnp.where(ids == taken, value, left_ref[at(i)])
+    left_ref[at(i)] = scores
+    higher = scores > best  # a tie stays with the lower block
+    return jnp.where(higher, scores, best), jnp.where(higher, ids, best_id)
+
+  def one_round(round_, carry):
+    taken, value = carry
+    start = jnp.full(block_h.shape, -jnp.inf), jnp.full(block_h.shape, P, jnp.int32)
+    best, best_id = lax.fori_loop(0, strips, functools.partial(strip, taken=taken, value=value), start)
+    top = jnp.max(best, axis=0, keepdims=True)
+    taken = jnp.min(jnp.where(best == top, best_id, P), axis=0, keepdims=True)
+    ids_ref[0, pl.ds(round_, 1)] = jnp.where(top > -jnp.inf, taken, -1)
+    return taken, -jnp.inf
+
+  lax.fori_loop(0, strips, load, None)
+  lax.fori_loop(0, top_k, one_round, (own_1L, jnp.inf))
