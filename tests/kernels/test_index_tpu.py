@@ -1,11 +1,16 @@
 """MSA's index branch on TPU, in interpret mode: the same blocks as the XLA form and the oracle, in the same order."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mmx.kernels_pallas import index_tpu, reference, sparse
+
+select = jax.jit(functools.partial(index_tpu.select_blocks_pallas, interpret=True), static_argnums=(4, 5))
+select_xla = jax.jit(sparse.select_blocks, static_argnums=(4, 5))
 
 
 def inputs(B, T, S, K, Di, seed=0, dtype=jnp.float32):
@@ -23,8 +28,7 @@ def inputs(B, T, S, K, Di, seed=0, dtype=jnp.float32):
 
 
 def assert_same_blocks(args, block, top_k):
-  got = jax.jit(lambda *a: index_tpu.select_blocks_pallas(*a, block, top_k, interpret=True))(*args)
-  want = jax.jit(lambda *a: sparse.select_blocks(*a, block, top_k))(*args)
+  got, want = select(*args, block, top_k), select_xla(*args, block, top_k)
   assert got.dtype == jnp.int32 and got.shape == want.shape
   np.testing.assert_array_equal(got, want)
   return np.asarray(got)
@@ -50,8 +54,9 @@ def test_selection_equals_the_xla_form(B, T, S, K, Di, block, top_k, dtype, pack
 def test_selection_of_whole_packed_rows_equals_the_oracle_in_many_chunks(monkeypatch):
   monkeypatch.setattr(index_tpu, 'ROWS', 128)
   monkeypatch.setattr(index_tpu, 'POOLED_BYTES', 2**18)
-  index_q, index_k, slots, (segments, _) = inputs(2, 1400, 1400, 2, 32)
-  got = index_tpu.select_blocks_pallas(index_q, index_k, slots, (segments, segments), 32, 5, interpret=True)
+  index_q, index_k, slots, (segments, _) = inputs(2, 1100, 1100, 2, 32)
+  small = jax.jit(lambda *a: index_tpu.select_blocks_pallas(*a, 32, 5, interpret=True))  # of the sizes set above
+  got = small(index_q, index_k, slots, (segments, segments))
   np.testing.assert_array_equal(got, reference.msa_select(index_q, index_k, segments, 32, 5))
 
 
@@ -96,21 +101,22 @@ def test_nan_in_keys_that_are_not_seen_never_reaches_the_ids():
   slots = slots - 900  # garbage behind the last query, as in a cache
   key_segments = jnp.asarray(np.repeat([1, 2, 3], 1000)[None], jnp.int32)
   segments = jnp.full((1, 20), 2, jnp.int32).at[:, -5:].set(3), key_segments
-  select = jax.jit(lambda k: index_tpu.select_blocks_pallas(index_q, k, slots, segments, 64, 20, interpret=True))
+  ids = lambda index_k: np.asarray(select(index_q, index_k, slots, segments, 64, 20))
   behind = jnp.arange(3000)[None] > slots.max()
   poisoned = jnp.where(((key_segments == 1) | behind)[..., None], jnp.nan, index_k)
-  np.testing.assert_array_equal(select(poisoned), select(index_k))
+  np.testing.assert_array_equal(ids(poisoned), ids(index_k))
   others = jnp.where((key_segments == 3)[..., None], jnp.nan, index_k)
-  np.testing.assert_array_equal(select(others)[:, :-5], select(index_k)[:, :-5])
+  np.testing.assert_array_equal(ids(others)[:, :-5], ids(index_k)[:, :-5])
 
 
 def test_tiles_that_no_query_sees_are_skipped():
   key_segments = np.repeat(np.arange(1, 9), 512).astype(np.int32)[None]  # two documents a tile of keys
   slot = jnp.asarray([[[700, 900, 1500, 1600], [3000, -1, 2100, -1], [-1, -1, -1, -1]]], jnp.int32).reshape(1, 1, 12)
   segment = jnp.take_along_axis(jnp.asarray(key_segments)[:, None], jnp.maximum(slot, 0), axis=2)
-  first, last = index_tpu._spans(slot, segment, jnp.asarray(key_segments).reshape(1, -1, 128), 4, 4)
+  spans = jax.jit(index_tpu._spans, static_argnums=(3, 4))
+  first, last = spans(slot, segment, jnp.asarray(key_segments).reshape(1, -1, 128), 4, 4)
   assert last.tolist() == [[1, 2, -1]] and first[0, :2].tolist() == [0, 2]
-  first, last = index_tpu._spans(slot, None, None, 4, 4)
+  first, last = spans(slot, None, None, 4, 4)
   assert (first.tolist(), last.tolist()) == ([[0, 0, 0]], [[1, 2, -1]])
 
 
@@ -118,10 +124,10 @@ def test_selection_has_no_gradient():
   index_q, index_k, slots, segments = inputs(1, 4, 40, 1, 32)
 
   def total(index_q, index_k):
-    ids = index_tpu.select_blocks_pallas(index_q, index_k, slots, segments, 8, 2, interpret=True)
+    ids = select(index_q, index_k, slots, segments, 8, 2)
     return jnp.sum(ids.astype(jnp.float32)) + 0 * jnp.sum(index_q)
 
-  assert all((gradient == 0).all() for gradient in jax.grad(total, (0, 1))(index_q, index_k))
+  assert all((gradient == 0).all() for gradient in jax.jit(jax.grad(total, (0, 1)))(index_q, index_k))
 
 
 def test_lowers_for_tpu_on_a_cpu_host():
