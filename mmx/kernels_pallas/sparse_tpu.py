@@ -1,15 +1,16 @@
-"""Attention over selected blocks as Pallas kernels for TPU: keys outside, queries gathered (arXiv:2606.13392, section 4).
+"""Attention over selected blocks as Pallas kernels for TPU: keys outside, queries gathered (arXiv:2606.13392, sec. 4).
 
 A chunk of queries at a time. XLA sorts the chunk's pairs (query, block) by page, one block of one row and kv head, cuts
 the run of each page into tiles of r queries and gathers their rows; the kernel goes through the tiles that there are
 (the grid's length is counted at run time), and a block stays in VMEM from tile to tile of its page. Each pair's output
-is weighed by log-sum-exp and gathered per query; the gradient of the keys grows in VMEM and is written once per page and
-chunk. All orders are fixed, so equal inputs give equal bits.
+is weighed by log-sum-exp and gathered per query; the gradient of the keys grows in VMEM and is written once per page
+and chunk. All orders are fixed, so equal inputs give equal bits.
 
-Layout. A tile's scores stand as [b, r*G], keys in sublanes and queries in lanes: slots, maxima and sums are then rows of
-lanes, reductions over keys need no exchange between lanes, and the gradients of keys and values are plain products. Keys
-and values are read in place as [B*P, b, K*Dh] where Dh is a multiple of 128; other heads are padded to it, as the tiles
-of the memory are anyhow. Pairs' outputs are held in the queries' dtype: one rounding before a sum of k in float32.
+Layout. A tile's scores stand as [b, r*G], keys in sublanes and queries in lanes: slots, maxima and sums are then rows
+of lanes, reductions over keys need no exchange between lanes, and the gradients of keys and values are plain products.
+Keys and values are held as [B*P, b, K*D]: one copy of each, in which a block of one head is a legal block of memory.
+D is Dh padded to a multiple of 128, as the tiles of the memory are anyhow. Pairs' outputs are held in the queries'
+dtype: one rounding before a sum of k in float32.
 
 Letters as in `sparse`: B rows, T queries, S key slots, H query heads, K kv heads, G = H/K, Dh head dim, D = Dh padded,
 b block size, P = S/b blocks, k blocks per query and kv head, c chunk of queries, N = B*c*K queries of one kv head each,
@@ -28,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mmx.kernels_pallas.chunks import join, split
 from mmx.kernels_pallas.sparse import MASKED, _logsumexp
 
-CHUNK_ELEMENTS = 2**26  # of the outputs of one chunk's pairs, R*G*D: 128 MiB in bfloat16, twice that with half-full tiles
+CHUNK_ELEMENTS = 2**26  # of the outputs of one chunk's pairs, R*G*D: 128 MiB in bfloat16, and room for half-full tiles
 CHUNK_PAIRS = 2**17  # most tiles, whose pages stand in 512 KiB of the 1 MiB for scalars
 TILE_ROWS = 512  # most r*G: a step of the grid costs about as much as the products of so many rows
 STEP_ROWS = 256  # of a tile at once: scores of 256 x 128 are half of the vector registers

@@ -1,4 +1,4 @@
-"""Attention over selected blocks on TPUs that are not here, at the production shape: 64 heads, 4 kv heads, 16 of 128."""
+"""Attention over selected blocks on TPUs that are not here, at the production shape: 64 heads, 4 of keys, 16 blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ from mmx.kernels_pallas.sparse_tpu import attend_blocks
 
 H, K, DH, BLOCK, TOP_K = 64, 4, 128, 128, 16
 MIB = 2**20
-# Of one chunk: rows of queries and of outputs at 256 MiB each, slots and maxima in padded lanes. Scores in bfloat16 would
-# take 128 GiB at T = 32768, the blocks gathered for each query 256 GiB.
+# Of one chunk: rows of queries and of outputs at 256 MiB each, slots and maxima in padded lanes. At T = 32768 scores in
+# bfloat16 would take 128 GiB, the blocks gathered for each query and kv head 128 GiB.
 CHUNK_BYTES = 704 * MIB
 
 
