@@ -41,7 +41,7 @@ class LightningConfig:
   head_dim: int = 32  # Dh; the state of a head is [Dh, Dh]
   chunk: int = 64  # tokens computed as one block
   norm_eps: float = 1e-6  # of the output norm
-  implementation: Literal['auto', 'reference', 'chunked'] = 'auto'
+  implementation: Literal['auto', 'reference', 'chunked', 'pallas'] = 'auto'
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MSAConfig:
   index_norm: Literal['none', 'per_head'] = 'per_head'  # the paper has none; M3 norms each index head
   kl_weight: float = 1.0  # lambda, on the sum over layers of KL(teacher || index branch)
   warmup_steps: int = 0  # optimizer steps with full attention, KL over the whole causal prefix
-  implementation: Literal['auto', 'reference', 'gather'] = 'auto'
+  implementation: Literal['auto', 'reference', 'gather', 'pallas'] = 'auto'
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Whoever adds a room, a mixer, an experiment or a kernel meets its rule here.
 """
 
 import ast
+import contextlib
 import functools
 import pathlib
 import re
@@ -211,7 +212,7 @@ def called(what, implementation, platform):
     function = lambda *arguments: api.sliding(*arguments, window=64, sink_tokens=4, **choice)
   elif what == 'lightning':
     arguments = *(array((2, 256, 4, 128)),) * 3, jax.ShapeDtypeStruct((4,), jnp.float32), ids((2, 256))
-    function = lambda *arguments: api.lightning(*arguments, chunk=64, **choice)[0]
+    function = lambda *arguments: api.lightning(*arguments, chunk=128, **choice)[0]
   elif what == 'msa':
     q, k, v, segments = attention
     arguments = q, k, v, array((2, 256, 2, 64)), array((2, 256, 64)), segments
@@ -245,20 +246,37 @@ def test_rung_2_each_form_is_held_against_the_oracle(what, name):
   assert f'{what}_{name}' in KERNEL_TESTS or name in LIBRARY and f"'{name}'" in KERNEL_TESTS
 
 
+TPU_FILES = (ROOT / 'mmx/kernels_pallas').glob('*_tpu.py')
+OURS = sorted(path.stem.removesuffix('_tpu') for path in TPU_FILES if 'pl.pallas_call' in path.read_text())
+
+
+@pytest.mark.parametrize('kernel', OURS)
+def test_rungs_2_3_and_5_our_kernels_are_interpreted_poisoned_and_compiled_ahead_of_time(kernel):
+  interpreted = (ROOT / f'tests/kernels/test_{kernel}_tpu.py').read_text()
+  assert 'interpret=True' in interpreted and re.search(r'\bnan\b', interpreted)
+  assert 'compile_for_tpu' in (ROOT / f'tests/aot/test_{kernel}_aot.py').read_text()
+
+
+# A kernel's lowering asks what chip it is for, and would find this host's CPU.
+V5P = jax.sharding.AbstractDevice('TPU v5p', 2, 'tpu')
+CHIP = jax.sharding.AbstractMesh((1,), ('chip',), abstract_device=V5P)
+
+
 @pytest.mark.parametrize('what, name', KERNELS)
 def test_rung_4_each_form_lowers_for_the_platforms_it_names(what, name):
   served = []
   for platform, target in (('cpu', 'cpu'), ('gpu', 'cuda'), ('tpu', 'tpu')):
     function, arguments = called(what, name, platform)
-    try:
-      traced = function.trace(*arguments)
-    except ValueError as error:
-      assert f'not for {platform}' in str(error)
-      continue
-    except RuntimeError as error:
-      if 'cuDNN is not detected' not in str(error):
-        raise
-      pytest.skip('jax asks the installed cuDNN for its version before it traces')
-    assert traced.lower(lowering_platforms=(target,)).as_text()
+    with jax.sharding.use_abstract_mesh(CHIP) if platform == 'tpu' else contextlib.nullcontext():
+      try:
+        traced = function.trace(*arguments)
+      except ValueError as error:
+        assert f'not for {platform}' in str(error)
+        continue
+      except RuntimeError as error:
+        if 'cuDNN is not detected' not in str(error):
+          raise
+        pytest.skip('jax asks the installed cuDNN for its version before it traces')
+      assert traced.lower(lowering_platforms=(target,)).as_text()
     served.append(platform)
   assert served, f'{name} serves no platform'

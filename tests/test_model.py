@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 import tiny
+from one_mixer import randomised
 
 from mmx import config, flops
 from mmx.kernels_pallas.gated import ACTIVATIONS
@@ -19,11 +20,7 @@ from mmx.train_step import loss_terms
 
 
 def variables(model, seed=0):
-  """Initialised, with norms and biases randomised: their defaults of 1 and 0 would hide a missing use."""
-  tree = nn.unbox(init_variables(model, None, jax.random.key(seed)))
-  leaves, treedef = jax.tree.flatten(tree)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  return treedef.unflatten([x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)])
+  return randomised(init_variables(model, None, jax.random.key(seed)), seed + 1)
 
 
 def hidden(model, tree, batch):

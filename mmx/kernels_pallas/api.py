@@ -8,6 +8,8 @@ from absl import logging
 from mmx.kernels_pallas import attention as _attention
 from mmx.kernels_pallas import grouped as _grouped
 from mmx.kernels_pallas import lightning as _lightning
+from mmx.kernels_pallas import lightning_tpu as _lightning_tpu
+from mmx.kernels_pallas import msa_tpu as _msa_tpu
 from mmx.kernels_pallas import reference
 from mmx.kernels_pallas import sliding as _sliding
 from mmx.kernels_pallas import sparse as _sparse
@@ -121,12 +123,17 @@ def lightning(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh=
   """Linear attention with a decay per head: (o [B, T, H, Dh], state [B, H, Dh, Dh]); see `reference.lightning`.
 
   Raises:
-    UnsupportedError: an unknown implementation.
+    UnsupportedError: a named implementation does not support the platform or shape.
   """
   everywhere = ('cpu', 'gpu', 'tpu')
-  table = [('chunked', everywhere, ''), ('reference', everywhere, '')]
+  table = [
+      ('pallas', ('tpu',), _lightning_tpu.unsupported(q_BTHDh, chunk)),
+      ('chunked', everywhere, ''),
+      ('reference', everywhere, ''),
+  ]
   name = _choose('lightning', table, implementation, platform)
   function = {
+      'pallas': functools.partial(_lightning_tpu.lightning_pallas, chunk=chunk),
       'chunked': functools.partial(_lightning.lightning_chunked, chunk=chunk),
       'reference': reference.lightning,
   }[name]
@@ -138,22 +145,20 @@ def msa(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, 
   """Attention over blocks that the index branch selects, and its divergence: (out, kl [B]); see `reference.msa`.
 
   Raises:
-    UnsupportedError: an unknown implementation.
+    UnsupportedError: a named implementation does not support the platform or shape.
   """
   arguments = q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k
-  return _choose_msa(implementation, platform, _sparse.msa_gather, reference.msa)(*arguments)
-
-
-def msa_prefix_kl(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, implementation, platform):
-  """The divergence of MSA's dense warm-up, kl [B]; see `reference.msa_prefix_kl`."""
-  function = _choose_msa(implementation, platform, _sparse.msa_prefix_kl_gather, reference.msa_prefix_kl)
-  return function(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT)
-
-
-def _choose_msa(implementation, platform, gather, oracle):
   everywhere = ('cpu', 'gpu', 'tpu')
-  table = [('gather', everywhere, ''), ('reference', everywhere, '')]
-  return {'gather': gather, 'reference': oracle}[_choose('msa', table, implementation, platform)]
+  unsupported = _msa_tpu.unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k)
+  table = [('pallas', ('tpu',), unsupported), ('gather', everywhere, ''), ('reference', everywhere, '')]
+  name = _choose('msa', table, implementation, platform)
+  return {'pallas': _msa_tpu.msa_pallas, 'gather': _sparse.msa_gather, 'reference': reference.msa}[name](*arguments)
+
+
+def msa_prefix_kl(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, implementation):
+  """The divergence of MSA's dense warm-up, kl [B]; see `reference.msa_prefix_kl`. One form for every platform."""
+  function = reference.msa_prefix_kl if implementation == 'reference' else _sparse.msa_prefix_kl_gather
+  return function(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT)
 
 
 def msa_cached(q_BTHDh, k_BSKDh, v_BSKDh, index_q_BTKDi, index_k_BSDi, slots_BT, *, block_size, top_k):

@@ -5,12 +5,13 @@ and layer; an RMS norm over all heads' outputs, whatever the norm of the model; 
 rotation, no scaling, no softmax. The cache is the state: one [Dh, Dh] matrix per head, however long the context.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec as P
 
 from mmx import sharding
 from mmx.config import ModelConfig, num_layers
@@ -58,15 +59,27 @@ class Lightning(nn.Module):
         sharding.constrain(jax.nn.silu(heads(x, w)), self.mesh, 'batch', None, 'heads', None)
         for x, w in ((x_BTD, w_q), (keys_x_BTD, w_k), (x_BTD, w_v))
     )
-    o_BTHDh, state_BHDhDh = api.lightning(
-        q_BTHDh, k_BTHDh, v_BTHDh, slopes(H, layer_index, num_layers(m.pattern)), context.segment_ids_BT,
-        None if cache is None else _state_before(cache, context),
-        chunk=c.chunk, implementation=c.implementation, platform=sharding.platform_of(self.mesh),
+    state = () if cache is None else (_state_before(cache, context),)
+    o_BTHDh, state_BHDhDh = self._sharded(
+        q_BTHDh, k_BTHDh, v_BTHDh, slopes(H, layer_index, num_layers(m.pattern)), context.segment_ids_BT, *state
     )
     normed_BTI = norm(self, 'out_norm', 'rms', o_BTHDh.reshape(B, T, H * Dh), c.norm_eps)
     gated_BTHDh = jax.nn.sigmoid(heads(x_BTD, w_gate)) * normed_BTI.reshape(B, T, H, Dh)
     cache = None if cache is None else kept | {'state': state_BHDhDh}
     return project_out(self, gated_BTHDh, D, self.out_scale), cache, None
+
+  def _sharded(self, *inputs):
+    """(o, state) on each device's rows and heads: kernels are nothing that the partitioner could cut."""
+    c, mesh = self.model.lightning, self.mesh
+    choice = {'implementation': c.implementation, 'platform': sharding.platform_of(mesh)}
+    function = functools.partial(api.lightning, chunk=c.chunk, **choice)
+    if mesh is None or mesh.size == 1:
+      return function(*inputs)
+    B, _, H, _ = inputs[0].shape
+    rows, heads = sharding.spec_of(('batch', 'heads'), (B, H), mesh)
+    tokens, state = P(rows, None, heads, None), P(rows, heads, None, None)
+    specs = (tokens, tokens, tokens, P(heads), P(rows, None), state)[: len(inputs)]
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=(tokens, state), check_vma=False)(*inputs)
 
 
 def init_cache(model: ModelConfig, batch_size: int, max_length: int, dtype):

@@ -90,7 +90,7 @@ class SparseAttention(nn.Module):
     def dense(q, k, v, index_q, index_k, segment_ids):
       choice_of_full = choice | {'implementation': self.model.attention.implementation}
       out = api.attend(q, k, v, segment_ids, mesh=self.mesh, **choice_of_full)
-      function = lambda *inputs: (api.msa_prefix_kl(*inputs, **choice),)
+      function = lambda *inputs: (api.msa_prefix_kl(*inputs, implementation=c.implementation),)
       return out, *self._sharded(function, (False,), q, k, index_q, index_k, segment_ids)
 
     out, kl = sparse(*inputs) if warmup is None else jax.lax.cond(warmup, dense, sparse, *inputs)

@@ -169,8 +169,9 @@ def test_memory_grows_with_the_length_and_never_with_its_square():
 
 def test_named_implementation_is_used_or_refused():
   q, k, v, slopes, segments, _ = inputs(1, 8, 2, 4)
-  with pytest.raises(ValueError, match="'pallas' is unknown; one of"):
-    api.lightning(q, k, v, slopes, segments, chunk=8, implementation='pallas', platform='cpu')
+  for name, told in (('triton', 'is unknown; one of'), ('pallas', 'cannot be used here: needs head_dim')):
+    with pytest.raises(ValueError, match=f"'{name}' {told}"):
+      api.lightning(q, k, v, slopes, segments, chunk=8, implementation=name, platform='tpu')
 
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])

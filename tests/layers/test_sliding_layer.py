@@ -1,44 +1,26 @@
 """The sliding-window layer: a full layer where the window is wide, a ring where it is not, decode = prefill = train."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
+import one_mixer
 import tiny
+from one_mixer import close, packed, serve
 
 from mmx.layers import attention, sliding
 from mmx.layers.context import Context
 
 LENGTH = 40
+build = functools.partial(one_mixer.build, sliding.Sliding, length=LENGTH)
 
 
 def model(window, sink_tokens=0, **overrides):
   sight = {'model__sliding__window': window, 'model__sliding__sink_tokens': sink_tokens}
   return tiny.experiment(**sight | {'model__key_shift': 'learned'} | overrides).model
-
-
-def packed(*lengths):
-  """The context of one row that holds documents of these lengths."""
-  positions = np.concatenate([np.arange(n) for n in lengths])
-  segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-  return Context(jnp.asarray(positions[None], jnp.int32), jnp.asarray(segments[None], jnp.int32))
-
-
-def build(config, rows=1, seed=0):
-  """The layer, its parameters (gates, norms and all randomised), x [rows, LENGTH, D]."""
-  mixer = sliding.Sliding(config, 1.0, None)
-  x_BTD = jax.random.normal(jax.random.key(seed), (rows, LENGTH, config.d_model))
-  context = jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), packed(LENGTH))
-  leaves, treedef = jax.tree.flatten(nn.unbox(jax.jit(mixer.init)(jax.random.key(1), x_BTD, context, 0, None)))
-  keys = jax.random.split(jax.random.key(2), len(leaves))
-  tree = treedef.unflatten([a + 0.1 * jax.random.normal(key, a.shape) for a, key in zip(leaves, keys)])
-  return mixer, tree, x_BTD, context
-
-
-def close(found, wanted, tolerance=2e-5):
-  np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * float(jnp.abs(wanted).max()))
 
 
 @pytest.mark.parametrize('norm', ['rms', 'gemma'])
@@ -57,24 +39,6 @@ CHUNKS = [(20, (20, 9, 2)), (20, (10, 16, 20)), (1, (1, 0, 1)), (20, (0, 5, 12))
 CHUNKS += [(1, (1, 1, 1))] * 5 + [(1, (1, 1, 0))] * 4 + [(1, (0, 1, 0))]
 
 
-def serve(mixer, tree, cache, x_BTD):
-  """Outputs of all tokens, fed in CHUNKS (T, tokens of each row); the rest is padding, loud and at position 0."""
-  apply = jax.jit(lambda x, context, cache: mixer.apply(tree, x, context, jnp.int32(1), cache)[:2])
-  B = x_BTD.shape[0]
-  done_B, y_BTD = np.zeros(B, int), np.full(x_BTD.shape, np.nan)
-  for T, new_B in CHUNKS:
-    slot_BT = done_B[:, None] + np.arange(T)
-    real_BT = np.arange(T) < np.array(new_B)[:, None]
-    x_chunk = jnp.where(real_BT[..., None], x_BTD[np.arange(B)[:, None], np.minimum(slot_BT, LENGTH - 1)], 99.0)
-    context = Context(jnp.asarray(slot_BT * real_BT, jnp.int32), jnp.asarray(real_BT, jnp.int32))
-    y_chunk, cache = apply(x_chunk, context, cache)
-    rows, columns = np.nonzero(real_BT)
-    y_BTD[rows, slot_BT[rows, columns]] = np.asarray(y_chunk)[rows, columns]
-    done_B += np.array(new_B)
-  assert list(done_B) == [LENGTH] * B
-  return jnp.asarray(y_BTD), cache
-
-
 @pytest.mark.parametrize('window, sink_tokens', [(7, 0), (7, 3), (2, 5), (64, 2)])
 def test_decode_equals_prefill_equals_train(window, sink_tokens):
   config = model(window, sink_tokens)
@@ -83,9 +47,9 @@ def test_decode_equals_prefill_equals_train(window, sink_tokens):
   assert cache is None
   cache = sliding.init_cache(config, 3, LENGTH, jnp.float32)
   assert cache['k'].shape[1] == min(window + sink_tokens, LENGTH)
-  found, last = serve(mixer, tree, cache, x_BTD)
+  found, last, _ = serve(mixer, tree, cache, x_BTD, CHUNKS)
   close(found, wanted)
-  again, _ = serve(mixer, tree, last, x_BTD)  # a used cache: a row that starts at 0 is another document
+  again, *_ = serve(mixer, tree, last, x_BTD, CHUNKS)  # a used cache: a row that starts at 0 is another document
   close(again, wanted)
 
 

@@ -1,50 +1,29 @@
 """The MSA layer: full attention where it selects all, two branches that learn apart, decode = prefill = train."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import one_mixer
 import tiny
+from one_mixer import close, packed, serve
 from flax import linen as nn
 
 from mmx import sharding
 from mmx.config import MeshConfig
 from mmx.layers import attention, sparse
-from mmx.layers.context import Context
 
 LENGTH = 42  # not a multiple of the block
 INDEX = {'w_index_q', 'w_index_k', 'index_q_norm', 'index_k_norm'}
+build = functools.partial(one_mixer.build, sparse.SparseAttention, length=LENGTH)
 
 
 def model(top_k=3, **overrides):
   sizes = {'model__msa__block_size': 4, 'model__msa__top_k': top_k, 'model__msa__index_dim': 8}
   return tiny.experiment(**sizes | {'model__key_shift': 'learned'} | overrides).model
-
-
-def packed(*lengths, padding=0):
-  """The context of one row that holds documents of these lengths, padding last."""
-  positions = np.concatenate([np.arange(n) for n in (*lengths, padding)])
-  segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, padding])
-  return Context(jnp.asarray(positions[None], jnp.int32), jnp.asarray(segments[None], jnp.int32))
-
-
-def build(config, rows=1, seed=0):
-  """The layer, its parameters (norms and gates randomised too), and x [rows, LENGTH, D]."""
-  mixer = sparse.SparseAttention(config, 1.0, None)
-  x_BTD = jax.random.normal(jax.random.key(seed), (rows, LENGTH, config.d_model))
-  whole = jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), packed(LENGTH))
-  init = jax.jit(lambda rng, x: mixer.init(rng, x, whole, 0, None))  # compiled: by single operations it takes seconds
-  tree = nn.unbox(init(jax.random.key(1), x_BTD))
-  leaves, treedef = jax.tree.flatten(tree)
-  keys = jax.random.split(jax.random.key(2), len(leaves))
-  tree = treedef.unflatten([a + 0.1 * jax.random.normal(key, a.shape) for a, key in zip(leaves, keys)])
-  return mixer, tree, x_BTD, whole
-
-
-def close(found, wanted, tolerance=2e-5):
-  np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * float(jnp.abs(wanted).max()))
 
 
 def run(mixer, tree, x_BTD, context):
@@ -236,24 +215,6 @@ def test_padding_counts_in_no_statistic():
 # caches and devices
 
 
-def serve(mixer, tree, cache, x_BTD, chunks):
-  """Outputs of all tokens, fed in chunks [(T, tokens of each row in it)], the rest of a row being padding."""
-  apply = jax.jit(lambda x, context, cache: mixer.apply(tree, x, context, 0, cache)[:2])
-  B = x_BTD.shape[0]
-  done_B, y_BTD = np.zeros(B, int), np.full(x_BTD.shape, np.nan)
-  for T, new_B in chunks:
-    slot_BT = done_B[:, None] + np.arange(T)
-    real_BT = np.arange(T) < np.array(new_B)[:, None]
-    x_chunk = jnp.where(real_BT[..., None], x_BTD[np.arange(B)[:, None], np.minimum(slot_BT, LENGTH - 1)], 99.0)
-    y_chunk, cache = apply(x_chunk, Context(jnp.asarray(slot_BT, jnp.int32), jnp.asarray(real_BT, jnp.int32)), cache)
-    assert not np.asarray(y_chunk)[~real_BT].any(), 'padding attends to nothing'
-    rows, columns = np.nonzero(real_BT)
-    y_BTD[rows, slot_BT[rows, columns]] = np.asarray(y_chunk)[rows, columns]
-    done_B += np.array(new_B)
-  assert list(done_B) == [LENGTH] * B
-  return y_BTD
-
-
 WHOLE = [(LENGTH, (LENGTH,) * 3)]
 RAGGED = [(20, (20, 9, 2)), (15, (15, 15, 0)), (1, (1, 0, 1)), (39, (6, 18, 39))]
 STEPS = [(13, (13, 13, 13))] + [(1, (1, 1, 1))] * 29
@@ -265,7 +226,9 @@ def test_decode_equals_prefill_equals_train(top_k, chunks):
   mixer, tree, x_BTD, context = build(config, rows=3)
   cache = sparse.init_cache(config, 3, LENGTH, jnp.float32)
   assert cache['k'].shape == (3, 44, 2, 8) and cache['index_k'].shape == (3, 44, 8)
-  close(serve(mixer, tree, cache, x_BTD, chunks), run(mixer, tree, x_BTD, context)[0])
+  found, _, padding = serve(mixer, tree, cache, x_BTD, chunks)
+  close(found, run(mixer, tree, x_BTD, context)[0])
+  assert not padding.any(), 'padding attends to nothing'
 
 
 def test_one_device_equals_eight_in_gradients():
