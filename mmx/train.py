@@ -159,7 +159,7 @@ def keep_memory(libc):
 
   XLA allocates a step's temporaries anew each time, and glibc would return them to the system: 68,000 page faults, 0.1 s
   a step. Where the system gives huge pages on request only, the heap is grown once and asked for in them, as nothing
-  else tells glibc to: 0.72 to 0.92 of the time of a step of the arms of `experiments/moe_ablation.py`.
+  else tells glibc to: 0.68 to 0.92 of the time of a step of the arms of `experiments/moe_ablation.py`.
   """
   ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD, TOP_PAD = -8, -4, -1, -2  # malloc.h
   for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 2**24)):

@@ -8,9 +8,7 @@ registers, where across lanes it would be one reduction for each row and block; 
 for any block size; and a decoded token still streams its keys through the matrix unit as rows, at 128 query rows.
 
 Token scores stay in VMEM. Pooled scores are kept for one chunk of queries, POOLED_BYTES of them or one tile of queries.
-Tiles of keys that no query of a tile sees are neither read nor computed. In the static schedule for v5p `pooled` takes
-1,966 bundles a tile with 80% of the matrix units' slots in use, 2,443 and 78% with segments: masks cost little beside
-the products. `largest` adds about a sixth for k = 16. A schedule is no time, and none of it has run on a TPU.
+Tiles of keys that no query of a tile sees are neither read nor computed. None of it has run on a TPU.
 
 Letters: B rows, T queries, S key slots, K index heads, Di index dim, b block size, P blocks, k blocks per query and
 head, c queries of a chunk, N = c*K query rows, R query rows of a tile, s keys of a tile, n = s/b blocks of a tile.

@@ -153,17 +153,7 @@ def _call(kernel, inputs, outputs, chunk, interpret, backwards=False):
 
 
 def _forward_kernel(slopes_ref, steps_ref, q_ref, k_ref, v_ref, start_ref, o_ref, state_ref, *starts_ref):
-  @pl.when(pl.program_id(2) == 0)
-  def _():
-    state_ref[...] = start_ref[...]
-
-  heads = q_ref.shape[0]
-  first = pl.program_id(1) * heads
-  within_cc, into_c1, out_c1, through_11 = _read_steps(steps_ref)
-
-  @pl.loop(0, heads, unroll=min(heads, 2))
-  def _(h):
-    fade = functools.partial(_fade, slopes_ref[first + h])
+  def one_head(h, fade, within_cc, into_c1, out_c1, through_11):
     q_cDh, k_cDh, v_cDh, state_DhDh = q_ref[h], k_ref[h], v_ref[h], state_ref[h]
     weights_cc = _product(q_cDh, k_cDh, 1, 1) * fade(within_cc)
     o_cDh = _product(weights_cc.astype(v_cDh.dtype), v_cDh, 1, 0) + _product(q_cDh, state_DhDh, 1, 0) * fade(into_c1)
@@ -172,22 +162,15 @@ def _forward_kernel(slopes_ref, steps_ref, q_ref, k_ref, v_ref, start_ref, o_ref
       ref[h] = state_DhDh
     state_ref[h] = state_DhDh * fade(through_11) + _product(k_cDh * fade(out_c1), v_cDh, 0, 0)
 
+  _each_head(one_head, slopes_ref, steps_ref, start_ref, state_ref)
+
 
 def _backward_kernel(
     slopes_ref, steps_ref, q_ref, k_ref, v_ref, do_ref, starts_ref, dlast_ref, dq_ref, dk_ref, dv_ref, dstate_ref
 ):
   """dstate is of the state behind the chunk when the chunk begins, of the state before it when it ends."""
-  @pl.when(pl.program_id(2) == 0)
-  def _():
-    dstate_ref[...] = dlast_ref[...]
 
-  heads = q_ref.shape[0]
-  first = pl.program_id(1) * heads
-  within_cc, into_c1, out_c1, through_11 = _read_steps(steps_ref)
-
-  @pl.loop(0, heads, unroll=min(heads, 2))
-  def _(h):
-    fade = functools.partial(_fade, slopes_ref[first + h])
+  def one_head(h, fade, within_cc, into_c1, out_c1, through_11):
     q_cDh, k_cDh, v_cDh, do_cDh = q_ref[h], k_ref[h], v_ref[h], do_ref[h]
     state_DhDh, dstate_DhDh = starts_ref[h], dstate_ref[h]
     into, out, decay_cc = fade(into_c1), fade(out_c1), fade(within_cc)
@@ -198,6 +181,23 @@ def _backward_kernel(
     dv_cDh = _product(weights_cc, do_cDh, 0, 0) + _product(k_cDh, dstate_DhDh, 1, 0) * out
     dq_ref[h], dk_ref[h], dv_ref[h] = (d.astype(dq_ref.dtype) for d in (dq_cDh, dk_cDh, dv_cDh))
     dstate_ref[h] = dstate_DhDh * fade(through_11) + _product(q_cDh, do_cDh * into, 0, 0)
+
+  _each_head(one_head, slopes_ref, steps_ref, dlast_ref, dstate_ref)
+
+
+def _each_head(one_head, slopes_ref, steps_ref, start_ref, state_ref):
+  """one_head(h, fade, *steps of the chunk) for each head of the tile; a row's first chunk begins with `start`."""
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    state_ref[...] = start_ref[...]
+
+  heads = state_ref.shape[0]
+  first = pl.program_id(1) * heads
+  steps = _read_steps(steps_ref)
+
+  @pl.loop(0, heads, unroll=min(heads, 2))
+  def _(h):
+    one_head(h, functools.partial(_fade, slopes_ref[first + h]), *steps)
 
 
 def _read_steps(steps_ref):

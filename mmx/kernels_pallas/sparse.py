@@ -261,7 +261,7 @@ def _scores(q_WrGDh, k_WbDh, visible_Wrb):
   return jnp.where(visible_Wrb[:, :, None], scores, MASKED)
 
 
-def _logsumexp(top, total, tiles):
+def logsumexp_of_choices(top, total, tiles):
   """Maxima and sums of exponentials, in tile order, over each query's choices: [places, ...] -> [N, ...]."""
   valid = tiles.valid_Nk.reshape(tiles.valid_Nk.shape + (1,) * (top.ndim - 1))
   top_Nk = jnp.where(valid, top[tiles.place_Nk], MASKED)
@@ -299,7 +299,7 @@ def _attend(queries, keys, tiles):
 
   start = jnp.zeros((places, G, Dh)), jnp.zeros((places, G)), jnp.zeros((places, G))
   out, top, total = _over_tiles(tiles, queries, keys, step, start)
-  logsumexp_NG = _logsumexp(top, total, tiles)
+  logsumexp_NG = logsumexp_of_choices(top, total, tiles)
   weights_NkG = jnp.exp(top[tiles.place_Nk] - logsumexp_NG[:, None])
   out_NGDh = _sum_of_choices(out, jnp.where(tiles.valid_Nk[..., None], weights_NkG, 0), tiles)
   return out_NGDh.reshape(B, c, H, Dh).astype(queries.q_BcHDh.dtype), logsumexp_NG
@@ -354,7 +354,7 @@ def _divergence(queries, keys, tiles, logsumexp_NG, dindex_k_BPbDi):
   index_rows = _over_tiles(tiles, queries, keys, index_scores, jnp.zeros((places, b)))
   index_top = jnp.max(index_rows, axis=-1)
   index_total = jnp.sum(jnp.exp(index_rows - index_top[:, None]), axis=-1)
-  index_logsumexp_N = _logsumexp(index_top, index_total, tiles)
+  index_logsumexp_N = logsumexp_of_choices(index_top, index_total, tiles)
 
   def diverge(tile, put, carry):
     rows, dindex_q, dindex_k_BPbDi = carry

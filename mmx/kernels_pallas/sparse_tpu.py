@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas.chunks import join, split
-from mmx.kernels_pallas.sparse import MASKED, _logsumexp
+from mmx.kernels_pallas.sparse import MASKED, logsumexp_of_choices
 
 CHUNK_ELEMENTS = 2**26  # of the outputs of one chunk's pairs, R*G*D: 128 MiB in bfloat16, and room for half-full tiles
 CHUNK_PAIRS = 2**17  # most tiles, whose pages stand in 512 KiB of the 1 MiB for scalars
@@ -279,7 +279,7 @@ def _attend(queries, keys, tiles, scale, interpret):
       interpret=interpret, name='msa_attend_blocks',
   )(tiles.page_M, keys.last_B, q_MrD, _who(queries, tiles), keys.k_pbX, keys.v_pbX, keys.segment_p1b)
   top, total = (stats[:, i].reshape(M * r, G) for i in (0, 1))
-  logsumexp_NG = _logsumexp(top, total, tiles)
+  logsumexp_NG = logsumexp_of_choices(top, total, tiles)
   weights_NkG = jnp.exp(top[tiles.place_Nk] - logsumexp_NG[:, None])
   weights_NkG = jnp.where(tiles.valid_Nk[..., None], weights_NkG, 0)
   out_NGD = _sum_of_choices(out.reshape(M * r, G, D), weights_NkG, tiles)

@@ -34,7 +34,9 @@ def compile_for_tpu(request):
   def compile_(function, *arguments):
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # else libtpu asks the host's CPU what kind of chip it is
-      return jax.jit(function).trace(*placed).lower(lowering_platforms=('tpu',)).compile()
+      compiled = jax.jit(function).trace(*placed).lower(lowering_platforms=('tpu',)).compile()
+    print(f'{request.node.name}: {compiled.memory_analysis().temp_size_in_bytes / 2**20:,.0f} MiB of temporaries')
+    return compiled
 
   jax.config.update('jax_disable_most_optimizations', False)  # what chips would run
   yield compile_
