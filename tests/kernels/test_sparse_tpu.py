@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx.kernels_pallas import sparse_tpu
+from mmx.kernels_pallas import sparse_pairs, sparse_tpu
 from mmx.kernels_pallas.sparse_tpu import attend_blocks, unsupported
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
@@ -16,7 +16,7 @@ TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
   """Chunks of few queries and tiles of few, so that every loop turns more than once."""
-  monkeypatch.setattr(sparse_tpu, 'CHUNK_ELEMENTS', 2**18)
+  monkeypatch.setattr(sparse_pairs, 'CHUNK_ELEMENTS', 2**18)
   monkeypatch.setattr(sparse_tpu, 'TILE_ROWS', 64)
   monkeypatch.setattr(sparse_tpu, 'STEP_ROWS', 32)
 
