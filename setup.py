@@ -29,7 +29,8 @@ setup(
     extras_require={
         'test': ['pytest>=8', 'pytest-xdist>=3.6'],
         'hf': ['torch>=2.7', 'transformers>=5.23'],
-        'aot': ['jax[tpu]>=0.10.2,<0.13'],  # libtpu compiles without a TPU
+        # Compilers for chips that are not here: libtpu, and the CUDA plugin without a toolkit.
+        'aot': ['jax[tpu]>=0.10.2,<0.13', 'jax-cuda13-plugin>=0.10.2,<0.13', 'jax-cuda13-pjrt>=0.10.2,<0.13'],
         'tpu': ['jax[tpu]>=0.10.2,<0.13'],
         'cuda': ['jax[cuda13]>=0.10.2,<0.13'],
     },

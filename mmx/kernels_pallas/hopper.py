@@ -1,0 +1,61 @@
+"""What the Hopper kernels share: Pallas's Mosaic GPU backend (`plgpu`), on the card and in its simulator on CPU.
+
+The simulator runs a kernel's copies, barriers and arithmetic with threads on the host and can watch for races. It has no
+rules for layouts of registers and for the matrix unit, so `cast`, `iota` and `product` say both what the card does and
+what the simulator does instead; a kernel uses them and has one body. What only the card's form knows (layouts,
+transposed operands, swizzles) is checked by compiling for sm_90a.
+
+Kernels take `interpret`: False for the card, `simulator()` for tests.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+SHARED_BYTES = 232448  # of one block of threads on Hopper
+
+
+def simulator(**options):
+  """Parameters of the simulator, such as detect_races=True. jax 0.10 has it at a private place only."""
+  if hasattr(plgpu, 'InterpretGPUParams'):
+    return plgpu.InterpretGPUParams(**options)
+  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+  return InterpretGPUParams(**options)
+
+
+def cast(x, layout, interpret):
+  """x in the registers' `layout`, such as plgpu.Layout.WGMMA."""
+  return x if interpret else plgpu.layout_cast(x, layout)
+
+
+def iota(shape, axis, layout, interpret):
+  """int32 positions along `axis`, in the registers' `layout`."""
+  if interpret:
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+  return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+
+def product(a, b_ref, interpret, transpose_a=False, transpose_b=False):
+  """a @ b on the matrix unit, float32, done when it returns: [m, k] x [k, n] -> [m, n] in the layout WGMMA.
+
+  a is shared memory or registers (then not transposed), b shared memory; m is a multiple of 64.
+  """
+  if interpret:
+    a, b = a[...], b_ref[...]
+    return jnp.dot(a.T if transpose_a else a, b.T if transpose_b else b, preferred_element_type=jnp.float32)
+  a = plgpu.transpose_ref(a, (1, 0)) if transpose_a else a
+  b_ref = plgpu.transpose_ref(b_ref, (1, 0)) if transpose_b else b_ref
+
+  def multiply(sum_ref):
+    plgpu.wgmma(sum_ref, a, b_ref)
+    return sum_ref[...]
+
+  return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b_ref.shape[1]), jnp.float32))
+
+
+def tiled(dtype):
+  """Transforms of shared memory that copies in bulk and the matrix unit both read: rows of 128 bytes, swizzled."""
+  return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
