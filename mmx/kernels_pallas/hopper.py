@@ -8,7 +8,6 @@ transposed operands, swizzles) is checked by compiling for sm_90a.
 Kernels take `interpret`: False for the card, `simulator()` for tests.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl

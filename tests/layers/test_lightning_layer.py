@@ -12,6 +12,8 @@ import one_mixer
 import tiny
 from one_mixer import close, packed, serve
 
+from mmx import sharding
+from mmx.config import MeshConfig
 from mmx.layers import lightning
 from mmx.layers.context import Context
 
@@ -89,6 +91,19 @@ def test_decode_equals_prefill_equals_train(key_shift):
   close(found, wanted)
   again, *_ = serve(mixer, tree, last, x_BTD, CHUNKS)  # a used cache: a row that starts at 0 is another document
   close(again, wanted)
+
+
+def test_a_mesh_serves_as_one_device_does():
+  """Each device keeps the states of its own rows and heads."""
+  config = model()
+  mixer, tree, x_BTD, _ = build(config, rows=2)
+  mesh = sharding.build_mesh(MeshConfig(fsdp=2, expert=1, tensor=4))
+  chunks = [(20, (20, 9)), (20, (20, 20)), (11, (0, 11))]
+  new = functools.partial(lightning.init_cache, config, 2, LENGTH, jnp.float32)
+  wanted, last, _ = serve(mixer, tree, new(), x_BTD, chunks)
+  found, last_of_mesh, _ = serve(lightning.Lightning(config, 1.0, mesh), tree, new(), x_BTD, chunks)
+  close(found, wanted)
+  close(last_of_mesh['state'], last['state'])
 
 
 def test_cache_is_as_small_for_a_million_tokens_and_a_step_costs_the_same():
