@@ -124,8 +124,8 @@ def paper_flop_ratio(N):
 
 def against_full(context, queries):
   """Figures for the last `queries` tokens of `context`, whose cache holds them already."""
-  cache = {name: normal(i, 1, context, *rest) for i, (name, rest) in enumerate(
-      {'k': (K, DH), 'v': (K, DH), 'index_k': (DI,)}.items())}
+  cache = {name: normal(i, 1, *shape) for i, (name, shape) in enumerate(
+      {'k': (K, context, DH), 'v': (K, context, DH), 'index_k': (context, DI)}.items())}
   q_BTHDh, index_q_BTKDi = normal(3, 1, queries, H, DH), normal(4, 1, queries, K, DI)
   slots_BT = jnp.arange(context - queries, context, dtype=jnp.int32)[None]
   full = jax.jit(api.attend_cached), (q_BTHDh, cache['k'], cache['v'], slots_BT)

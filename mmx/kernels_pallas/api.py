@@ -69,9 +69,9 @@ def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platfor
   return function(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
 
 
-def attend_cached(q_BTHDh, k_BSKDh, v_BSKDh, positions_BT):
+def attend_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT):
   """Causal grouped-query attention of T new tokens against a cache; one form for every platform yet."""
-  return _attention.attention_cached(q_BTHDh, k_BSKDh, v_BSKDh, positions_BT)
+  return _attention.attention_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT)
 
 
 def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementation, platform, activation='swiglu'):
@@ -161,13 +161,13 @@ def msa_prefix_kl(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT,
   return function(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT)
 
 
-def msa_cached(q_BTHDh, k_BSKDh, v_BSKDh, index_q_BTKDi, index_k_BSDi, slots_BT, *, block_size, top_k):
+def msa_cached(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, *, block_size, top_k):
   """T new tokens against a cache of S slots, a multiple of block_size; one form for every platform yet.
 
   A query at slot i sees the slots up to i; at slot -1 it is padding and gets zeros. Returns [B, T, H, Dh].
   """
   return _sparse.msa_cached_gather(
-      q_BTHDh, k_BSKDh, v_BSKDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k
+      q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k
   )
 
 

@@ -40,8 +40,8 @@ _product = functools.partial(product, batch_axes=1)  # of W pairs of matrices
 class Keys(NamedTuple):
   """Key side in blocks, as the cache has it. `segment_BPb` is None where every slot is of the query's document."""
 
-  k_BPbKDh: jax.Array
-  v_BPbKDh: jax.Array
+  k_BKPbDh: jax.Array
+  v_BKPbDh: jax.Array
   index_BPbDi: jax.Array
   segment_BPb: jax.Array | None
 
@@ -73,12 +73,14 @@ def msa_gather(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
   return _forward(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k)[0]
 
 
-def msa_cached_gather(q_BTHDh, k_BSKDh, v_BSKDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k):
+def msa_cached_gather(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k):
   """T new queries against a cache of S slots, a multiple of the block size. Returns [B, T, H, Dh].
 
   Reads the index keys up to the last query's slot, and of the keys and values the chosen blocks only.
   """
-  keys = Keys(*(_blocks(a, block_size) for a in (k_BSKDh, v_BSKDh, index_k_BSDi)), None)
+  B, K, S, Dh = k_BKSDh.shape
+  blocks = lambda a: a.reshape(B, K, S // block_size, block_size, Dh)
+  keys = Keys(blocks(k_BKSDh), blocks(v_BKSDh), _blocks(index_k_BSDi, block_size), None)
   chunk = _chunk_length(q_BTHDh, top_k)
 
   def attend(queries_ids):
@@ -182,7 +184,7 @@ class Tiles(NamedTuple):
 def _plan(ids_BcKk, queries, keys) -> Tiles:
   """Sorts the pairs of one chunk by page and cuts the run of each page into tiles."""
   B, c, K, k = ids_BcKk.shape
-  P, b = keys.k_BPbKDh.shape[1:3]
+  P, b = keys.k_BKPbDh.shape[2:4]
   G = queries.q_BcHDh.shape[2] // K
   N, R, pages = B * c * K, B * c * K * k, B * K * P
   shared = max(1, R // pages)  # queries that choose a block, on average
@@ -221,8 +223,8 @@ def _plan(ids_BcKk, queries, keys) -> Tiles:
 class Tile(NamedTuple):
   """W tiles at work: which block of which row and kv head, which queries, who sees what."""
 
+  page: tuple[jax.Array, jax.Array, jax.Array]  # row_W, head_W, block_W: index into keys and values
   block: tuple[jax.Array, jax.Array]  # row_W, block_W: index into what all heads share
-  head_W: jax.Array
   query_Wr: jax.Array
   visible_Wrb: jax.Array
 
@@ -230,21 +232,21 @@ class Tile(NamedTuple):
 def _over_tiles(tiles, queries, keys, step, start):
   """Carries `start` through the tiles: step(tile, put, carry), where put(rows, new_Wr...) stores in tile order."""
   _, W, r = tiles.query_mWr.shape
-  P, b, K = keys.k_BPbKDh.shape[1:4]
+  K, P, b = keys.k_BKPbDh.shape[1:4]
   per_head = lambda x_Bc: jnp.broadcast_to(x_Bc[:, :, None], (*x_Bc.shape, K)).reshape(-1)
   slot_N = per_head(queries.slot_Bc)
   segment_N = None if queries.segment_Bc is None else per_head(queries.segment_Bc)
 
   def body(i, carry):
     page_W, query_Wr = tiles.page_mW[i], tiles.query_mWr[i]
-    row_W, block_W = page_W // (P * K), page_W % P
+    row_W, head_W, block_W = page_W // (P * K), page_W // P % K, page_W % P
     key_slot_Wb = block_W[:, None] * b + jnp.arange(b, dtype=jnp.int32)[None]
     slot_Wr = slot_N.at[query_Wr].get(mode='fill', fill_value=-1)  # a place without query sees nothing
     visible_Wrb = key_slot_Wb[:, None] <= slot_Wr[..., None]
     if segment_N is not None:
       visible_Wrb &= keys.segment_BPb[row_W, block_W][:, None] == _rows(segment_N, query_Wr)[..., None]
     put = lambda rows, new: lax.dynamic_update_slice_in_dim(rows, new.reshape(W * r, *rows.shape[1:]), i * W * r, 0)
-    return step(Tile((row_W, block_W), page_W // P % K, query_Wr, visible_Wrb), put, carry)
+    return step(Tile((row_W, head_W, block_W), (row_W, block_W), query_Wr, visible_Wrb), put, carry)
 
   return lax.fori_loop(0, tiles.batches, body, start)
 
@@ -289,7 +291,7 @@ def _attend(queries, keys, tiles):
   places = tiles.query_mWr.size
 
   def step(tile, put, carry):
-    k_WbDh, v_WbDh = (a[(*tile.block, slice(None), tile.head_W)] for a in (keys.k_BPbKDh, keys.v_BPbKDh))
+    k_WbDh, v_WbDh = keys.k_BKPbDh[tile.page], keys.v_BKPbDh[tile.page]
     scores = _scores(_rows(q_NGDh, tile.query_Wr), k_WbDh, tile.visible_Wrb)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
@@ -313,9 +315,8 @@ def _attend_backward(queries, keys, tiles, logsumexp_NG, out_BcHDh, dout_BcHDh, 
   dtype = q_NGDh.dtype
 
   def step(tile, put, carry):
-    dq, dk_BPbKDh, dv_BPbKDh = carry
-    at = (*tile.block, slice(None), tile.head_W)
-    k_WbDh, v_WbDh = keys.k_BPbKDh[at], keys.v_BPbKDh[at]
+    dq, dk_BKPbDh, dv_BKPbDh = carry
+    k_WbDh, v_WbDh = keys.k_BKPbDh[tile.page], keys.v_BKPbDh[tile.page]
     q_WrGDh, dout_WrGDh = _rows(q_NGDh, tile.query_Wr), _rows(dout_NGDh, tile.query_Wr)
     W, r = tile.query_Wr.shape
     flat = lambda a: a.astype(dtype).reshape(W, r * G, -1)
@@ -324,8 +325,8 @@ def _attend_backward(queries, keys, tiles, logsumexp_NG, out_BcHDh, dout_BcHDh, 
     dweights = _product(flat(dout_WrGDh), v_WbDh, 2, 2).reshape(scores.shape)
     dscores = weights * (dweights - _rows(delta_NG, tile.query_Wr)[..., None]) * q_NGDh.shape[-1] ** -0.5
     dq = put(dq, _product(flat(dscores), k_WbDh, 2, 1))
-    dk_BPbKDh = dk_BPbKDh.at[at].add(_product(flat(dscores), flat(q_WrGDh), 1, 1))
-    return dq, dk_BPbKDh, dv_BPbKDh.at[at].add(_product(flat(weights), flat(dout_WrGDh), 1, 1))
+    dk_BKPbDh = dk_BKPbDh.at[tile.page].add(_product(flat(dscores), flat(q_WrGDh), 1, 1))
+    return dq, dk_BKPbDh, dv_BKPbDh.at[tile.page].add(_product(flat(weights), flat(dout_WrGDh), 1, 1))
 
   start = jnp.zeros((tiles.query_mWr.size, *q_NGDh.shape[1:])), *dkeys
   dq, *dkeys = _over_tiles(tiles, queries, keys, step, start)
@@ -342,7 +343,7 @@ def _divergence(queries, keys, tiles, logsumexp_NG, dindex_k_BPbDi):
   """
   B, c, K, Di = queries.index_BcKDi.shape
   N, G = logsumexp_NG.shape
-  b = keys.k_BPbKDh.shape[2]
+  b = keys.k_BKPbDh.shape[3]
   places = tiles.query_mWr.size
   q_NGDh, index_NDi = queries.q_BcHDh.reshape(N, G, -1), queries.index_BcKDi.reshape(N, Di)
   counts_N = jnp.broadcast_to((queries.segment_Bc > 0)[:, :, None], (B, c, K)).reshape(N)
@@ -359,7 +360,7 @@ def _divergence(queries, keys, tiles, logsumexp_NG, dindex_k_BPbDi):
   def diverge(tile, put, carry):
     rows, dindex_q, dindex_k_BPbDi = carry
     W, r = tile.query_Wr.shape
-    k_WbDh = keys.k_BPbKDh[(*tile.block, slice(None), tile.head_W)]
+    k_WbDh = keys.k_BKPbDh[tile.page]
     scores = _scores(_rows(q_NGDh, tile.query_Wr), k_WbDh, tile.visible_Wrb)
     teacher_Wrb = jnp.mean(jnp.exp(scores - _rows(logsumexp_NG, tile.query_Wr)[..., None]), axis=2)
     index_WrDi, index_k_WbDi = _rows(index_NDi, tile.query_Wr), keys.index_BPbDi[tile.block]
@@ -393,7 +394,9 @@ def _sides(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_B
   c = _chunk_length(q_BTHDh, top_k)
   slots_BT = _slots(segment_ids_BT)
   chunks = Queries(split(q_BTHDh, c), split(index_q_BTKDi, c), split(slots_BT, c, -1), split(segment_ids_BT, c))
-  return chunks, Keys(*(_blocks(a, b) for a in (k_BTKDh, v_BTKDh, index_k_BTDi, segment_ids_BT)))
+  heads_first = lambda a: None if a is None else jnp.moveaxis(_blocks(a, b), 3, 1)
+  keys_of_heads = heads_first(k_BTKDh), heads_first(v_BTKDh)
+  return chunks, Keys(*keys_of_heads, _blocks(index_k_BTDi, b), _blocks(segment_ids_BT, b))
 
 
 def _forward(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k):
@@ -436,11 +439,11 @@ def _backward(block_size, top_k, residuals, cotangents):
     dq, dkeys = _attend_backward(queries, keys, tiles, logsumexp_NG, out, dout, dkeys)
     return dkeys, dq
 
-  start = (jnp.zeros(keys.k_BPbKDh.shape, jnp.float32),) * 2
+  start = (jnp.zeros(keys.k_BKPbDh.shape, jnp.float32),) * 2
   chunks = chunks, ids, logsumexp, split(out_BTHDh, c), split(dout_BTHDh.astype(q_BTHDh.dtype), c)
   (dk, dv), dq = lax.scan(one_chunk, start, chunks)
   return (
-      join(dq, q_BTHDh.shape[1]), _unblock(dk, k_BTKDh), _unblock(dv, v_BTKDh),
+      join(dq, q_BTHDh.shape[1]), _unblock(jnp.moveaxis(dk, 1, 3), k_BTKDh), _unblock(jnp.moveaxis(dv, 1, 3), v_BTKDh),
       _per_row(dkl_B, dindex_q_BTKDi), _per_row(dkl_B, dindex_k_BTDi), None,
   )
 

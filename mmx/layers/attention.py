@@ -34,25 +34,32 @@ class Attention(nn.Module):
           platform=sharding.platform_of(self.mesh), mesh=self.mesh,
       )
     else:
-      cache = kept | append({'k': cache['k'], 'v': cache['v']}, {'k': k_BTKDh, 'v': v_BTKDh}, context)
+      cache = kept | append({name: cache[name] for name in 'kv'}, {'k': k_BTKDh, 'v': v_BTKDh}, context)
       out_BTHDh = api.attend_cached(q_BTHDh, cache['k'], cache['v'], context.positions_BT)
     return project_out(self, out_BTHDh, x_BTD.shape[-1], self.out_scale), cache, None
 
 
 def init_cache(model: ModelConfig, batch_size: int, max_length: int, dtype):
-  """{'k', 'v': [B, S, K, Dh]} for S = max_length slots: slot s holds the token at position s."""
+  """{'k', 'v': [B, K, S, Dh]} for S = max_length slots: slot s holds the token at position s.
+
+  Heads stand before slots, so that a block of one head is memory without gaps, which kernels read in place.
+  """
   a = model.attention
-  empty = jnp.zeros((batch_size, max_length, a.num_kv_heads, a.head_dim), dtype)
+  empty = jnp.zeros((batch_size, a.num_kv_heads, max_length, a.head_dim), dtype)
   return {'k': empty, 'v': empty} | init_shift(model, batch_size, dtype)
 
 
 def append(cache, new, context: Context):
-  """Writes new entries [B, T, ...] at their positions into a cache of entries [B, S, ...]; padding is not written."""
+  """Writes new entries at their positions into a cache; padding is not written.
+
+  Entries [B, T, K, Dh] go into a cache [B, K, S, Dh], entries without heads [B, T, D] into one [B, S, D].
+  """
   rows_B1 = jnp.arange(context.positions_BT.shape[0])[:, None]
 
   def write(slots, entries):
-    slot_BT = jnp.where(context.segment_ids_BT > 0, context.positions_BT, slots.shape[1])
-    return slots.at[rows_B1, slot_BT].set(entries.astype(slots.dtype), mode='drop')
+    slot_BT = jnp.where(context.segment_ids_BT > 0, context.positions_BT, slots.shape[-2])
+    at = (rows_B1, slice(None), slot_BT) if slots.ndim == 4 else (rows_B1, slot_BT)
+    return slots.at[at].set(entries.astype(slots.dtype), mode='drop')
 
   return jax.tree.map(write, cache, new)
 

@@ -88,5 +88,5 @@ def test_cached_equals_the_oracle_on_rows_of_unequal_length(T, S, G):
   for row, length in enumerate(lengths):
     k[row, length:], v[row, length:] = 1e4, 1e4
   new = np.take_along_axis(q, positions[..., None, None], axis=1)
-  got = jax.jit(api.attend_cached)(new, k, v, jnp.asarray(positions, jnp.int32))
+  got = jax.jit(api.attend_cached)(new, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(positions, jnp.int32))
   np.testing.assert_allclose(got, np.take_along_axis(wanted, positions[..., None, None], axis=1), rtol=0, atol=3e-6)

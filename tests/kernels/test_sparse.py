@@ -269,11 +269,12 @@ def test_cached_attention_equals_training_for_rows_of_different_lengths():
   q, k, v, index_q, index_k, _ = inputs(2, T, 4, 2, 8, 4)
   want = reference.msa(q, k, v, index_q, index_k, jnp.ones((2, T), jnp.int32), block, top_k)[0]
   beyond = lambda a: jnp.concatenate([a, jnp.full((2, 21, *a.shape[2:]), 1e3)], axis=1)  # slots never to be seen
+  cached = lambda a: beyond(a).swapaxes(1, 2)
   for slots in ([[20, 21, 22, 23, 24], [38, 39, 40, -1, -1]], [[42], [3]], [[0], [-1]]):
     slots = jnp.asarray(slots, jnp.int32)
     pick = lambda a: jnp.take_along_axis(a, jnp.maximum(slots, 0)[..., None, None], axis=1)
     got = api.msa_cached(
-        pick(q), beyond(k), beyond(v), pick(index_q), beyond(index_k), slots, block_size=block, top_k=top_k
+        pick(q), cached(k), cached(v), pick(index_q), beyond(index_k), slots, block_size=block, top_k=top_k
     )
     np.testing.assert_allclose(got, jnp.where((slots >= 0)[..., None, None], pick(want), 0), rtol=1e-4, atol=1e-5)
 
@@ -312,7 +313,8 @@ def test_no_array_grows_with_the_square_of_the_length(what):
       return largest_array(jax.grad(total, range(4)), q, k, index_q, index_k, ints)
     if what == 'recall':
       return largest_array(functools.partial(api.msa_recall, **choice), q, k, index_q, index_k, ints)
-    return largest_array(functools.partial(api.msa_cached, **choice), *floats, ints)
+    cached = jax.ShapeDtypeStruct((1, 2, T, 8), jnp.float32)
+    return largest_array(functools.partial(api.msa_cached, **choice), q, cached, cached, index_q, index_k, ints)
 
   assert largest(2**19) <= 2.01 * largest(2**18) + sparse.CHUNK_ELEMENTS
   assert largest(2**20) < 2**20 * 1000  # 2^40 would be the square

@@ -225,7 +225,7 @@ def test_decode_equals_prefill_equals_train(top_k, chunks):
   config = model(top_k)
   mixer, tree, x_BTD, context = build(config, rows=3)
   cache = sparse.init_cache(config, 3, LENGTH, jnp.float32)
-  assert cache['k'].shape == (3, 44, 2, 8) and cache['index_k'].shape == (3, 44, 8)
+  assert cache['k'].shape == (3, 2, 44, 8) and cache['index_k'].shape == (3, 44, 8)
   found, _, padding = serve(mixer, tree, cache, x_BTD, chunks)
   close(found, run(mixer, tree, x_BTD, context)[0])
   assert not padding.any(), 'padding attends to nothing'
