@@ -149,7 +149,9 @@ def _attend_backward(queries, keys, tiles, logsumexp_BcH, delta_BcH, dout_BcHD, 
 
 
 class Keys(NamedTuple):
-  """Key side in blocks. `last_B` is the last slot that a row's queries see: what lies beyond is never used."""
+  """Key side in blocks. `last_B` is the last slot that a row's queries see: what lies beyond is never used; keys and
+  values there are zeros.
+  """
 
   k_pbX: jax.Array  # [B*P, b, K*D]
   v_pbX: jax.Array
@@ -177,9 +179,19 @@ def sides(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, b):
   chunks = -(-T // max(1, pairs // (B * K * k)))
   c = -(-T // chunks)
   queries = Queries(split(q_BTHD, c), split(ids_BTKk, c, -1), split(slots_BT, c, -1), split(query_segments, c))
-  blocks = lambda x: jnp.pad(x, ((0, 0), (0, -S % b)) + ((0, 0),) * (x.ndim - 2)) if S % b else x
-  k_pbX, v_pbX = (blocks(whole_lanes(x)).reshape(-(-S // b) * B, b, -1) for x in (k_BSKDh, v_BSKDh))
-  return queries, Keys(k_pbX, v_pbX, blocks(key_segments).reshape(-1, 1, b), jnp.max(slots_BT, axis=1))
+  last_B = jnp.max(slots_BT, axis=1)
+  used_BS1 = (jnp.arange(S, dtype=jnp.int32)[None] <= last_B[:, None])[..., None]
+  used_blocks = lambda x: jnp.where(in_blocks(used_BS1, b), in_blocks(whole_lanes(x), b), 0)
+  k_pbX, v_pbX = used_blocks(k_BSKDh), used_blocks(v_BSKDh)
+  segment_p1b = in_blocks(key_segments, b).reshape(-1, 1, b)
+  return queries, Keys(k_pbX, v_pbX, segment_p1b, last_B)
+
+
+def in_blocks(x, b):
+  """[B, S, ...] -> [B*P, b, what is left as one]; a last block that is not whole is padded."""
+  B, S = x.shape[:2]
+  x = jnp.pad(x, ((0, 0), (0, -S % b)) + ((0, 0),) * (x.ndim - 2)) if S % b else x
+  return x.reshape(-(-S // b) * B, b, -1)
 
 
 def whole_lanes(x):
