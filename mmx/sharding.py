@@ -32,6 +32,9 @@ MESH_AXIS_OF = {
     'gate_up': None,
     None: None,
 }
+# Where a matrix is no small one, every chip of a group of experts would hold it again: 48 GB of M2's state and moments.
+LARGE = 2**20  # elements, all layers together; what is smaller is not worth a gather of its own
+MESH_AXIS_OF_LARGE = MESH_AXIS_OF | {'embed': ('fsdp', 'expert')}
 
 
 def build_mesh(mesh: config.MeshConfig, devices=None) -> Mesh:
@@ -56,12 +59,17 @@ def platform_of(mesh: Mesh | None) -> str:
 
 
 def spec_of(logical_axes, shape, mesh: Mesh) -> P:
-  """Mesh axes for one array; an axis that does not divide its dimension is left whole (norm scales, tiny models)."""
-  spec = []
+  """Mesh axes for one array. A dimension takes those of its axes that no dimension before it has, as many of them, from
+  the first, as divide it; the rest leave it whole (norm scales, tiny models)."""
+  spec, taken = [], set()
+  table = MESH_AXIS_OF_LARGE if math.prod(shape) >= LARGE else MESH_AXIS_OF
   for size, logical in zip(shape, logical_axes, strict=True):
-    axis = MESH_AXIS_OF[logical]
-    ways = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
-    spec.append(axis if ways > 1 and size % ways == 0 else None)
+    named = table[logical]
+    axes = [a for a in ((named,) if isinstance(named, str) else named or ()) if mesh.shape[a] > 1 and a not in taken]
+    while size % math.prod(mesh.shape[a] for a in axes):
+      axes.pop()
+    taken.update(axes)
+    spec.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
   return P(*spec)
 
 

@@ -40,13 +40,23 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize('mesh', MESHES)
-def test_eight_devices_equal_one(one_device, mesh):
+@pytest.mark.parametrize('mesh, large', [*((mesh, sharding.LARGE) for mesh in MESHES), ('expert4 fsdp2 ring', 1)])
+def test_eight_devices_equal_one(one_device, mesh, large, monkeypatch):
+  monkeypatch.setattr(sharding, 'LARGE', large)  # at 1 every matrix is split over 'expert' too
   state, metrics = run(tiny.experiment(mesh__num_devices=8, **MESHES[mesh]))
   close(metrics, one_device[1], 1e-5)
   # Adam divides by the root of the second moment: where a gradient is near zero, rounding is felt in the parameter.
   close(state.params, one_device[0].params, 2e-3)
   close(state.router, one_device[0].router, 1e-6)
+
+
+def test_of_a_large_model_only_norms_and_routers_are_held_twice(monkeypatch):
+  monkeypatch.setattr(sharding, 'LARGE', 1)
+  mesh = sharding.build_mesh(tiny.experiment(mesh__num_devices=8, mesh__expert=4, mesh__fsdp=2).mesh)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(train_step.abstract_state(tiny.BASE, mesh).params):
+    parts = leaf.size // np.prod(leaf.sharding.shard_shape(leaf.shape))
+    name = path[-1].key
+    assert (parts == 1 if name in ('scale', 'w_gate') or name.endswith('_norm') else parts == 8), (path, leaf)
 
 
 def test_accumulation_equals_a_big_batch():
