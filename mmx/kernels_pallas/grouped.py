@@ -11,14 +11,16 @@ in both directions (the inverse permutation is at hand), since a scatter-add of 
   loop      CPU. Loops over experts and blocks of their rows, with trip counts known at run time: work follows
             the true loads and weights are read once. `lax.ragged_dot` multiplies every row by every expert on CPU (32
             times the work at E=32); a batched product over blocks copies [blocks, D, 2F] of weights.
-  blocks    GPU. Groups padded to blocks of 256 rows, one batched product with gathered weights.
+  blocks    Any platform, for shapes that kernels refuse. Groups padded to blocks of 256 rows, one batched product with
+            gathered weights.
   megablox  TPU. The Pallas grouped product of jax with true group sizes; rows behind the last group are masked.
+  pallas    Hopper, in `grouped_gpu`: the same by kernels of ours.
 
 Letters: N tokens, k experts per token, R rows, E experts, D model, F expert hidden, b block rows.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,8 @@ from mmx.kernels_pallas.gated import ACTIVATIONS
 
 BATCH_BLOCK = 256  # rows
 LAST_BLOCK = 64  # rows
+LANES = 128  # of a TPU's vector
+WEIGHT_TILE = 3 * 2**20  # bytes of weights that a TPU's kernel holds, twice: one in use, one on its way
 
 
 class Sorted(NamedTuple):
@@ -259,16 +263,52 @@ def _combine_backward(residuals, dout_ND):
 _combine.defvjp(_combine_forward, _combine_backward)
 
 
-def _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, grouped_product):
-  """Dispatch, two grouped products [R, D] -> [R, 2F] -> [R, D], combine."""
+def experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, grouped_product, multiple=1):
+  """Dispatch, two grouped products [R, D] -> [R, 2F] -> [R, D], combine. Rows behind the groups fill R up to a multiple
+  of `multiple`."""
   E, F, D = w_down_EFD.shape
   rows = sort_by_expert(ids_Nk, E)
+  fill = lambda index_R: jnp.pad(index_R, (0, -index_R.shape[0] % multiple))
+  rows = rows._replace(token_R=fill(rows.token_R), source_R=fill(rows.source_R))
   here_Nk = ids_Nk < E
   x_RD = _dispatch(x_ND, rows.token_R, rows.slot_Nk, here_Nk)
   h_R2F = grouped_product(x_RD, w_gate_up_ED2F.reshape(E, D, 2 * F), rows.group_sizes_E)
   act_RF = ACTIVATIONS[activation](h_R2F[:, :F], h_R2F[:, F:])
   y_RD = grouped_product(act_RF, w_down_EFD, rows.group_sizes_E)
   return _combine(y_RD, jnp.where(here_Nk, weights_Nk, 0), rows)
+
+
+class Kernels(NamedTuple):
+  """A grouped product and its gradients; they may leave garbage in rows behind the groups and must not read it."""
+
+  rows: Callable  # (x_RA, w_EAC, group_sizes_E) -> y_RC
+  transposed: Callable  # (dy_RC, w_EAC, group_sizes_E) -> dx_RA
+  weights: Callable  # (x_RA, dy_RC, group_sizes_E) -> dw_EAC, zeros for an empty group
+
+
+def _zero_behind(y_RC, group_sizes_E):
+  """A token's sum weighs its rows behind the groups by 0, and 0 * NaN is NaN."""
+  row_R1 = jnp.arange(y_RC.shape[0], dtype=jnp.int32)[:, None]
+  return jnp.where(row_R1 < jnp.sum(group_sizes_E), y_RC, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product_by(kernels, x_RA, w_EAC, group_sizes_E):
+  """x_RA w_EAC of each row's expert, [R, C], through Pallas kernels; rows behind the groups are 0."""
+  return _zero_behind(kernels.rows(x_RA, w_EAC, group_sizes_E), group_sizes_E)
+
+
+def _product_forward(kernels, x_RA, w_EAC, group_sizes_E):
+  return product_by(kernels, x_RA, w_EAC, group_sizes_E), (x_RA, w_EAC, group_sizes_E)
+
+
+def _product_backward(kernels, residuals, dy_RC):
+  x_RA, w_EAC, group_sizes_E = residuals
+  dx_RA = _zero_behind(kernels.transposed(dy_RC, w_EAC, group_sizes_E), group_sizes_E)
+  return dx_RA, kernels.weights(x_RA, dy_RC, group_sizes_E), None
+
+
+product_by.defvjp(_product_forward, _product_backward)
 
 
 def _block_product(x_RA, w_EAC, group_sizes_E):
@@ -292,23 +332,47 @@ def _block_product(x_RA, w_EAC, group_sizes_E):
 
 def experts_blocks(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu'):
   """See the module docstring."""
-  return _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, _block_product)
-
-
-def _megablox_product(x_RA, w_EAC, group_sizes_E, interpret=False):
-  """jax's Pallas TPU grouped product, rows padded to whole tiles; it leaves rows behind the groups unwritten."""
-  from jax.experimental.pallas.ops.tpu.megablox import gmm
-
-  R, A = x_RA.shape
-  tile = (min(512, R + -R % 128), min(1024, A), min(1024, w_EAC.shape[2]))
-  inside_R1 = (jnp.arange(R, dtype=jnp.int32) < jnp.sum(group_sizes_E))[:, None]
-  # Both sides: the kernel's gradient of x is unwritten there too, and 0 * NaN is NaN.
-  padded = jnp.pad(jnp.where(inside_R1, x_RA, 0), ((0, -R % tile[0]), (0, 0)))
-  y_RC = gmm(padded, w_EAC, group_sizes_E, x_RA.dtype, tile, interpret=interpret)[:R]
-  return jnp.where(inside_R1, y_RC, 0)
+  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, _block_product)
 
 
 def experts_megablox(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', interpret=False):
-  """See the module docstring. `interpret` runs the kernel on CPU, for tests."""
-  product = functools.partial(_megablox_product, interpret=interpret)
-  return _experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, product)
+  """See the module docstring: the Pallas TPU grouped products of jax. `interpret` runs them on CPU, for tests."""
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+  tall = _tall_tile(ids_Nk.size, w_down_EFD.shape[0])
+
+  def rows(x_RA, w_EAC, group_sizes_E, transposed=False):
+    tile = _rows_tile(x_RA.shape[1], w_EAC.shape[1 if transposed else 2], x_RA.dtype.itemsize)
+    return gmm(x_RA, w_EAC, group_sizes_E, x_RA.dtype, tile, transpose_rhs=transposed, interpret=interpret)
+
+  def weights(x_RA, dy_RC, group_sizes_E):
+    side = 2048 // x_RA.dtype.itemsize
+    tile = tall, _part(x_RA.shape[1], side), _part(dy_RC.shape[1], side)
+    return tgmm(x_RA.T, dy_RC, group_sizes_E, x_RA.dtype, tile, interpret=interpret)
+
+  product = functools.partial(product_by, Kernels(rows, functools.partial(rows, transposed=True), weights))
+  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, product, tall)
+
+
+def _part(side, most):
+  """The largest multiple of 128 up to `most` that divides a side."""
+  return max(part for part in range(LANES, most + 1, LANES) if side % part == 0)
+
+
+def _rows_tile(summed, columns, itemsize):
+  """(rows, summed, columns) of a tile of y and dx, in 8 MiB of the 16 MiB of VMEM that a kernel has on v5e and v5p.
+
+  The whole summed side, so that consecutive tiles of one expert find its weights in VMEM: each weight is read once. 128
+  rows, as the rest of a tile at the end of a group is computed in vain: at M2's shape the schedule has 3,046 bundles for
+  128 x 3072 x 512 on v5p and 5,677 for 256 rows (v6e: 1,232 and 1,972), while 256 experts of 512 rows each on average
+  take 1,279 such tiles or 767.
+  """
+  summed = min(summed, 2**14 // itemsize)
+  return LANES, summed, _part(columns, max(LANES, min(1024, WEIGHT_TILE // (summed * itemsize))))
+
+
+def _tall_tile(rows, groups):
+  """Rows of a tile of dw. The more, the less often its sums are read and written: at 1024 x 1024 the schedule has 3,840,
+  5,775 and 9,132 bundles for 128, 256 and 512 rows on v5p, 2,466, 2,561 and 3,868 on v6e. Tiles of 512 are the best of
+  these for groups of 1,024 and more on average, 256 for less; no row costs a fifth more than on its chip's best."""
+  return 512 if rows >= 1024 * groups else 256
