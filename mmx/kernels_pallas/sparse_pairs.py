@@ -212,13 +212,13 @@ class Tiles(NamedTuple):
   valid_Nk: jax.Array
 
 
-def plan(queries, keys, tile_rows) -> Tiles:
-  """Sorts the pairs of one chunk by page and cuts the run of each page into tiles."""
+def plan(queries, keys, tile_rows, least=1) -> Tiles:
+  """Sorts the pairs of one chunk by page and cuts the run of each page into tiles of at least `least` queries."""
   B, c, K, k = queries.ids_BcKk.shape
   P, G = keys.k_pbX.shape[0] // B, queries.q_BcHD.shape[2] // K
   N, R, pages = B * c * K, B * c * K * k, B * K * P
   shared = max(1, R // pages)  # queries that choose a block, on average
-  r = min(max(2 ** (shared.bit_length() - 1), -(-16 // G)), max(1, tile_rows // G))
+  r = min(max(2 ** (shared.bit_length() - 1), -(-16 // G), least), max(1, tile_rows // G))
   M = min(R, R // r + pages)
 
   first_page_BK = (jnp.arange(B, dtype=jnp.int32)[:, None] * K + jnp.arange(K, dtype=jnp.int32)[None]) * P

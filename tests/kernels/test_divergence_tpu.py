@@ -1,0 +1,127 @@
+"""The index branch's divergence on TPU, in interpret mode: the oracle's value, and its gradients by differentiation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx.kernels_pallas import divergence_tpu, reference, sparse, sparse_pairs
+
+TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
+kernel = functools.partial(divergence_tpu.selected_divergence_pallas, interpret=True)
+
+
+@pytest.fixture(autouse=True)
+def many_chunks(monkeypatch):
+  """Chunks of few queries and tiles of few, so that every loop turns more than once."""
+  monkeypatch.setattr(sparse_pairs, 'CHUNK_ELEMENTS', 2**18)
+  monkeypatch.setattr(divergence_tpu, 'TILE_ROWS', 64)
+
+
+def make(B=2, T=101, H=8, K=2, Dh=32, Di=32, b=16, k=3, dtype=jnp.float32, padded=7):
+  """(q, k, index_q, index_k, segments), b, top_k: documents packed, the last row's last `padded` tokens padding."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  segments = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+  segments[-1, T - padded :] = 0
+  arrays = normal(B, T, H, Dh), normal(B, T, K, Dh), normal(B, T, K, Di), normal(B, T, Di)
+  return (*arrays, jnp.asarray(segments, jnp.int32)), b, k
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def by_oracle(inputs, b, top_k):
+  """kl and its gradients of index_q and index_k under row weights that differ; ids and logsumexp for the kernel."""
+  *arrays, segments = inputs
+  q, k, index_q, index_k = (a.astype(jnp.float32) for a in arrays)
+
+  def total(index_q, index_k):
+    kl = reference.msa(q, k, k, index_q, index_k, segments, b, top_k)[1]
+    return jnp.sum(kl * jnp.arange(1.0, 1 + kl.size)), kl
+
+  (_, kl), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(index_q, index_k)
+  (B, T, H, Dh), K = q.shape, k.shape[2]
+  ids = reference.msa_select(index_q, index_k, segments, b, top_k)
+  chosen = jnp.repeat(jax.nn.one_hot(ids, -(-T // b), dtype=bool).any(axis=3), b, axis=3)[..., :T]
+  visible = chosen & reference.msa_visible(segments)[:, :, None]
+  scores = jnp.einsum('btkgd,bskd->btkgs', q.reshape(B, T, K, H // K, Dh), k, precision='highest') * Dh**-0.5
+  return (kl, *gradients), ids, jax.nn.logsumexp(jnp.where(visible[:, :, :, None], scores, -jnp.inf), axis=-1)
+
+
+def total_of(function, ids, segments, b):
+  """The oracle's scalar through `function`, and its kl, from floats alone."""
+  def total(q, k, index_q, index_k, logsumexp):
+    kl = function(q, k, index_q, index_k, ids, logsumexp, segments, b)
+    return jnp.sum(kl * jnp.arange(1.0, 1 + kl.size)), kl
+
+  return total
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def value_and_gradients(function, inputs, ids, logsumexp, b):
+  """(kl, gradients of index_q and index_k), (gradients of q, k and the logsumexp)."""
+  *arrays, segments = inputs
+  total = total_of(function, ids, segments, b)
+  (_, kl), (dq, dk, *dindex, dlogsumexp) = jax.value_and_grad(total, range(5), has_aux=True)(*arrays, logsumexp)
+  return (kl, *dindex), (dq, dk, dlogsumexp)
+
+
+def assert_close(got, want, tolerance=TOLERANCE[jnp.float32]):
+  for a, wanted in zip(got, want, strict=True):
+    a, wanted = np.asarray(a, np.float32), np.asarray(wanted, np.float32)
+    assert a.shape == wanted.shape
+    assert np.abs(a - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize('shape', [
+    dict(), dict(B=1, H=2, k=9, Di=64, padded=0), dict(H=16, K=1, Dh=160, b=64, k=2),
+    dict(H=16, K=2, dtype=jnp.bfloat16), dict(B=1, T=150, H=1, K=1, Di=160, dtype=jnp.bfloat16),
+], ids=str)
+def test_value_and_gradients_are_the_oracles_and_attention_gets_none(shape):
+  inputs, b, top_k = make(**shape)
+  dtype = inputs[0].dtype.type
+  want, ids, logsumexp = by_oracle(inputs, b, top_k)
+  got, others = value_and_gradients(kernel, inputs, ids, logsumexp, b)
+  assert got[0].dtype == jnp.float32 and got[1].dtype == got[2].dtype == dtype
+  assert_close(got, want, TOLERANCE[dtype])
+  assert not any(np.asarray(a).any() for a in others)
+
+
+def test_the_form_for_every_platform_gives_the_same():
+  inputs, b, top_k = make(T=64)
+  _, *given = by_oracle(inputs, b, top_k)
+  forms = sparse.selected_divergence, kernel
+  want, got = (value_and_gradients(form, inputs, *given, b)[0] for form in forms)
+  assert_close(got, want)
+
+
+def test_a_teacher_that_is_zero_on_most_keys_adds_nothing_there_and_unseen_keys_of_any_score_reach_nobody():
+  (q, *rest), b, top_k = make(T=64)
+  inputs = q * 100, *rest
+  want, *given = by_oracle(inputs, b, top_k)
+  got, _ = value_and_gradients(kernel, inputs, *given, b)
+  assert_close(got, want, 1e-5)  # a score of some hundreds is rounded to 3e-5
+
+
+def test_nan_of_padding_reaches_no_value_or_gradient():
+  (*arrays, segments), b, top_k = make(T=64)
+  want, ids, logsumexp = by_oracle((*arrays, segments), b, top_k)
+  poison = lambda a: jnp.where((segments == 0).reshape(*segments.shape, *[1] * (a.ndim - 2)), jnp.nan, a)
+  got, _ = value_and_gradients(kernel, (*map(poison, arrays), segments), ids, poison(logsumexp), b)
+  assert_close(got, want)
+
+
+def test_rows_of_padding_alone_give_zeros():
+  (*arrays, segments), b, top_k = make(T=64)
+  inputs = *arrays, jnp.zeros_like(segments)
+  _, *given = by_oracle(inputs, b, top_k)
+  result = value_and_gradients(kernel, inputs, *given, b)
+  assert not any(np.asarray(a).any() for a in jax.tree.leaves(result))
+
+
+def test_scores_are_made_once_for_value_and_gradient():
+  (*arrays, segments), b, top_k = make(T=64)
+  _, ids, logsumexp = by_oracle((*arrays, segments), b, top_k)
+  step = jax.value_and_grad(total_of(kernel, ids, segments, b), (2, 3), has_aux=True)
+  assert str(jax.make_jaxpr(step)(*arrays, logsumexp)).count('name=msa_divergence') == 1
