@@ -91,11 +91,12 @@ def select_blocks_pallas(index_q_BTKDi, index_k_BSDi, slots_BT, segments, block_
 
 
 def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, interpret):
-  """float32 [B, P, N]: each block's largest score, unscaled, -inf where nothing is visible; no value behind slot S."""
+  """float32 [B, P, N]: each block's largest score, unscaled, -inf where nothing is visible; no value behind all slots."""
   B, N, Di = q_BNDi.shape
   S, n = k_BSDi.shape[1], KEYS // block
   tiles = pl.cdiv(S, KEYS)
   first_Bt, last_Bt = _spans(slot_B1N, segment_B1N, key_segments, R, tiles)
+  seen_tiles = jnp.maximum(jnp.max(slot_B1N), 0) // KEYS + 1  # of the chunk's last query; `_largest` reads no further
   # A step that computes nothing names the tile that is there already, and nothing is copied.
   seen = lambda b, i, j, first, last: jnp.maximum(jnp.clip(j, first[b, i], last[b, i]), 0)
   rows = pl.BlockSpec((1, 1, R), lambda b, i, j, *_: (b, 0, i))
@@ -112,7 +113,7 @@ def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, in
       functools.partial(_pooled_kernel, block=block),
       out_shape=jax.ShapeDtypeStruct((B, P, N), jnp.float32),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=2, grid=(B, N // R, tiles), in_specs=in_specs,
+          num_scalar_prefetch=2, grid=(B, N // R, seen_tiles), in_specs=in_specs,
           out_specs=pl.BlockSpec((1, n, R), lambda b, i, j, *_: (b, j, i)),
       ),
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
@@ -120,7 +121,7 @@ def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, in
           flops=2 * B * N * S * Di, transcendentals=0,
           bytes_accessed=B * (N // R * S * Di * k_BSDi.dtype.itemsize + q_BNDi.nbytes // B + 4 * P * N),
       ),
-      interpret=interpret,
+      interpret=interpret, name='msa_index_scores',
   )(first_Bt, last_Bt, *arguments)
 
 
@@ -192,7 +193,7 @@ def _largest(pooled_BPN, own_B1N, top_k, interpret):
       cost_estimate=pl.CostEstimate(
           flops=6 * B * P * N * top_k, transcendentals=0, bytes_accessed=pooled_BPN.nbytes + 4 * B * N * (top_k + 1)
       ),
-      interpret=interpret,
+      interpret=interpret, name='msa_index_largest',
   )(strips_Bt, pooled_BPN, own_B1N)
 
 

@@ -41,10 +41,14 @@ def unsupported(q_BTHDh, k_BSKDh, block_size, top_k) -> str:
 
 def attend_blocks(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, block_size, interpret=False):
   """`sparse_pairs.attend_in_tiles` by the kernels below: (out, logsumexp); `interpret` as `pl.pallas_call` takes it."""
-  forward, backward = (functools.partial(function, interpret=interpret) for function in (_forward, _backward))
-  kernels = sparse_pairs.TileKernels(forward, backward, TILE_ROWS)
   inputs = q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments
-  return sparse_pairs.attend_in_tiles(*inputs, block_size, kernels)
+  return sparse_pairs.attend_in_tiles(*inputs, block_size, kernels(interpret))
+
+
+def kernels(interpret=False):
+  """The two kernels as `sparse_pairs.TileKernels`."""
+  forward, backward = (functools.partial(function, interpret=interpret) for function in (_forward, _backward))
+  return sparse_pairs.TileKernels(forward, backward, TILE_ROWS)
 
 
 def _forward(tiles, keys, q_MrD, who, K, scale, interpret):
