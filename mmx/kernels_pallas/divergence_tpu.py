@@ -35,7 +35,6 @@ from mmx.kernels_pallas.sparse import MASKED, logsumexp_of_choices
 
 TILE_ROWS = 512  # most r*G, as in `sparse_tpu`
 LEAST_QUERIES = 2  # of a tile: a product with one row of bfloat16 does not compile
-HEAD_BITS = 8  # of the word that says which block and which of its heads a tile is of
 PARTS = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 3}  # numbers of 8 bits that make up a probability
 PARAMS = pltpu.CompilerParams(dimension_semantics=('arbitrary',), disable_bounds_checks=True)  # as in `sparse_tpu`
 
@@ -99,17 +98,17 @@ def _one_chunk(keys, index_k_pbD, scales, interpret, dindex_k, chunk):
   # A block's place and its head in one word; slots are counted from the block's first.
   P, b = keys.k_pbX.shape[0] // B, index_k_pbD.shape[1]
   row_M, head_M, block_M = tiles.page_M // (P * K), tiles.page_M // P % K, tiles.page_M % P
-  page_M = (row_M * P + block_M) << HEAD_BITS | head_M
+  page_M = (row_M * P + block_M) << K.bit_length() | head_M
   who = who.at[:, 0].add(-block_M[:, None] * b)
 
-  stats = _stats(page_M, keys, index_k_pbD, index_q_MrD, who, tiles.count, scales[1], interpret)
+  stats = _stats(page_M, keys, index_k_pbD, index_q_MrD, who, tiles.count, K, scales[1], interpret)
   index_logsumexp_N = logsumexp_of_choices(*(stats[:, i].reshape(-1) for i in (0, 1)), tiles)
   lanes = lambda x_NG: x_NG.at[tiles.query_Mr].get(mode='fill', fill_value=0).reshape(who.shape[0], 1, -1)
   logsumexps = lanes(logsumexp_BcH.reshape(index_logsumexp_N.size, -1)), lanes(index_logsumexp_N)
 
   q_MrD = sparse_pairs.rows_of(queries.q_BcHD, queries, tiles)
   kl_M1r, dindex_q, dindex_k = _diverge(
-      page_M, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dindex_k, tiles.count, scales, interpret
+      page_M, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dindex_k, tiles.count, K, scales, interpret
   )
   row_M = jnp.where(jnp.arange(row_M.size, dtype=jnp.int32) < tiles.count, row_M, B)
   is_of_BM = row_M[None] == jnp.arange(B, dtype=jnp.int32)[:, None]
@@ -120,15 +119,16 @@ def _one_chunk(keys, index_k_pbD, scales, interpret, dindex_k, chunk):
   return dindex_k, (kl_B, dindex_q_ND.reshape(index_q_BcKD.shape).astype(index_q_BcKD.dtype))
 
 
-def _stats(page_M, keys, index_k_pbD, index_q_MrD, who, count, scale, interpret):
+def _stats(page_M, keys, index_k_pbD, index_q_MrD, who, count, K, scale, interpret):
   """float32 [M, 2, r]: the greatest index score of each query of a tile, and the sum of exponentials above it."""
   M, r, D = index_q_MrD.shape
   b = index_k_pbD.shape[1]
+  tile, block, _ = _specs(K)
   return pl.pallas_call(
       functools.partial(_stats_kernel, scale=scale),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=1, grid=(count,),
-          in_specs=[_of_tile(r, D), _of_tile(2, r), _of_block(b, D), _of_block(1, b)], out_specs=_of_tile(2, r),
+          in_specs=[tile(r, D), tile(2, r), block(b, D), block(1, b)], out_specs=tile(2, r),
       ),
       out_shape=jax.ShapeDtypeStruct((M, 2, r), jnp.float32),
       compiler_params=PARAMS,
@@ -140,19 +140,20 @@ def _stats(page_M, keys, index_k_pbD, index_q_MrD, who, count, scale, interpret)
   )(page_M, index_q_MrD, who, index_k_pbD, keys.segment_p1b)
 
 
-def _diverge(page_M, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dindex_k, count, scales, interpret):
+def _diverge(page_M, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dindex_k, count, K, scales, interpret):
   """float32 [M, 1, r], each pair's share of its query's divergence; dindex_q like index_q_MrD; dindex_k."""
   (M, rows, D), (r, Di) = q_MrD.shape, index_q_MrD.shape[1:]
   b, parts = index_k_pbD.shape[1], PARTS[q_MrD.dtype]
+  tile, block, head = _specs(K)
   return pl.pallas_call(
       functools.partial(_diverge_kernel, scales=scales, parts=parts),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=1, grid=(count,),
           in_specs=[
-              _of_tile(rows, D), _of_tile(1, rows), _of_tile(r, Di), _of_tile(1, r), _of_tile(2, r),
-              _of_head(b, D), _of_block(b, Di), _of_block(1, b), _of_head(b, Di),
+              tile(rows, D), tile(1, rows), tile(r, Di), tile(1, r), tile(2, r),
+              head(b, D), block(b, Di), block(1, b), head(b, Di),
           ],
-          out_specs=[_of_tile(1, r), _of_tile(r, Di), _of_head(b, Di)],
+          out_specs=[tile(1, r), tile(r, Di), head(b, Di)],
       ),
       out_shape=[
           jax.ShapeDtypeStruct((M, 1, r), jnp.float32), jax.ShapeDtypeStruct(index_q_MrD.shape, index_q_MrD.dtype),
@@ -171,17 +172,13 @@ def _diverge(page_M, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, din
   )
 
 
-def _of_tile(*dims):
-  return pl.BlockSpec((1, *dims), lambda m, page: (m, 0, 0))
-
-
-def _of_block(*dims):
-  """What a block's kv heads share."""
-  return pl.BlockSpec((1, *dims), lambda m, page: (page[m] >> HEAD_BITS, 0, 0))
-
-
-def _of_head(*dims):
-  return pl.BlockSpec((1, *dims), lambda m, page: (page[m] >> HEAD_BITS, 0, page[m] & 2**HEAD_BITS - 1))
+def _specs(K):
+  """BlockSpecs by their last two dims: of a tile, of what a block's heads share, of one head's."""
+  bits = K.bit_length()
+  tile = lambda *dims: pl.BlockSpec((1, *dims), lambda m, page: (m, 0, 0))
+  block = lambda *dims: pl.BlockSpec((1, *dims), lambda m, page: (page[m] >> bits, 0, 0))
+  head = lambda *dims: pl.BlockSpec((1, *dims), lambda m, page: (page[m] >> bits, 0, page[m] & 2**bits - 1))
+  return tile, block, head
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,15 @@
-"""MiniMax Sparse Attention on TPU: what the kernels of `index_tpu` and `sparse_tpu` make together.
+"""MiniMax Sparse Attention on TPU: what the kernels of `index_tpu`, `sparse_tpu` and `divergence_tpu` make together.
 
-Blocks are selected and attended to by Pallas kernels. The index branch's divergence still runs through XLA, over the
-same pairs of query and block, from the kernel's logsumexp (`sparse.selected_divergence`): it is paid in training only,
-as nothing asks for it elsewhere. Decoding stays with `sparse.msa_cached_gather` yet: the attention kernel takes keys
-as [B*P, b, K*Dh], and a cache that stands as [B, S, K, Dh] would be copied for it at every token (2 GiB at a million
-slots of M3's heads).
+Blocks are selected and attended to by Pallas kernels; another makes the index branch's divergence, over the same pairs
+of query and block, from the attention's logsumexp. It is paid in training only, as nothing asks for it elsewhere.
+
+Decoding stays with `sparse.msa_cached_gather` yet: the attention kernel takes keys as [B*P, b, K*Dh], and a cache that
+stands as [B, S, K, Dh] would be copied for it at every token (2 GiB at a million slots of M3's heads).
 """
 
 import jax.numpy as jnp
 
-from mmx.kernels_pallas import index_tpu, sparse_tpu
-from mmx.kernels_pallas.sparse import selected_divergence
+from mmx.kernels_pallas import divergence_tpu, index_tpu, sparse_tpu
 
 
 def unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k) -> str:
@@ -34,7 +33,7 @@ def msa_pallas(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
   out_BTHDh, logsumexp_BTKG = sparse_tpu.attend_blocks(
       q_BTHDh, k_BTKDh, v_BTKDh, ids_BTKk, slots_BT, segments, block_size, interpret=interpret
   )
-  kl_B = selected_divergence(
-      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size
+  kl_B = divergence_tpu.selected_divergence_pallas(
+      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size, interpret
   )
   return out_BTHDh, kl_B
