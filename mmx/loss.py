@@ -1,40 +1,88 @@
-"""Head and cross-entropy in chunks of tokens, and the terms added to it."""
+"""Head and cross-entropy in chunks of tokens, with the gradient made on the way forward.
+
+But for one factor, the gradient of a summed cross-entropy is known as soon as the logits are: p - onehot. So each
+chunk's logits are made once and turned into its share of both gradients right away, three products of [tokens, D, V],
+where a checkpointed chunk makes them again in the backward pass, four. Logits of all tokens are never held: at M2's
+head and chunk (3072 x 200,064, 4096 tokens) there are, beside the gradients, the head in bfloat16 (1172 MiB), a chunk's
+logits in float32 (3126 MiB) and, on Hopper, their gradient in bfloat16 (1563 MiB), which TPUs make within the products.
+
+Letters: B rows, T tokens, C tokens of a row in one chunk, D model, V vocabulary.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 
-def cross_entropy(hidden_BTD, head_DV, targets_BT, mask_BT, chunk=0):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(hidden_BTD, head_DV, targets_BT, mask_BT, chunk=0, z_loss_weight=0.0):
   """Summed cross-entropy of next-token prediction over masked positions, in nats, float32.
 
-  Logits are made in chunks of `chunk` tokens and remade in the backward pass, so that [B, T, V] is never held
-  (V = 200,064: 0.8 MB a token in float32); `chunk` 0 makes them all at once.
+  Args:
+    hidden_BTD: in the dtype of the products, which are added up in float32; so is the gradient of the head.
+    head_DV: cast to hidden's dtype once.
+    chunk: tokens whose logits are held at a time (V = 200,064: 0.8 MB a token in float32); 0 is all at once.
+    z_loss_weight: weight of the sum of logsumexp^2 in `loss`.
 
   Returns:
-    (sum of -log p, sum of logsumexp^2 for the z-loss, sum of correct argmaxes), each over mask_BT.
+    (loss, nll, correct): sums over mask_BT of the loss with its z-loss, of -log p, and of correct argmaxes. Only `loss`
+    has a gradient.
   """
-  B, T, _ = hidden_BTD.shape
   head = head_DV.astype(hidden_BTD.dtype)
-  columns = max(chunk // B, 1)
-  if not chunk or columns >= T:
-    return _chunk_sums(hidden_BTD, head, targets_BT, mask_BT)
-
-  def split(array):
-    """[B, T, ...] -> [chunks, B, columns, ...]: a chunk takes columns of all rows, so it stays spread over shards."""
-    padded = jnp.pad(array, ((0, 0), (0, -T % columns)) + ((0, 0),) * (array.ndim - 2))
-    return jnp.moveaxis(padded.reshape(B, -1, columns, *array.shape[2:]), 1, 0)
 
   def body(sums, piece):
-    parts = jax.checkpoint(_chunk_sums)(piece[0], head, *piece[1:])
-    return tuple(a + b for a, b in zip(sums, parts)), None
+    return tuple(map(jnp.add, sums, _chunk(head, *piece, z_loss_weight)[0])), None
 
-  return jax.lax.scan(body, (jnp.zeros(()),) * 3, tuple(map(split, (hidden_BTD, targets_BT, mask_BT))))[0]
+  return jax.lax.scan(body, (jnp.zeros(()),) * 3, _split(chunk, hidden_BTD, targets_BT, mask_BT))[0]
 
 
-def _chunk_sums(hidden_BCD, head_DV, targets_BC, mask_BC):
+def _forward(hidden_BTD, head_DV, targets_BT, mask_BT, chunk, z_loss_weight):
+  T = hidden_BTD.shape[1]
+  head = head_DV.astype(hidden_BTD.dtype)
+
+  def body(carry, piece):
+    sums, dhead_DV = carry
+    parts, dlogits_BCV = _chunk(head, *piece, z_loss_weight)
+    dhead_DV += jnp.einsum('bcd,bcv->dv', piece[0], dlogits_BCV, preferred_element_type=jnp.float32)
+    return (tuple(map(jnp.add, sums, parts)), dhead_DV), jnp.einsum('bcv,dv->bcd', dlogits_BCV, head)
+
+  start = (jnp.zeros(()),) * 3, jnp.zeros(head_DV.shape, jnp.float32)
+  (sums, dhead_DV), pieces = jax.lax.scan(body, start, _split(chunk, hidden_BTD, targets_BT, mask_BT))
+  dhidden_BTD = jnp.moveaxis(pieces, 0, 1).reshape(hidden_BTD.shape[0], -1, hidden_BTD.shape[2])[:, :T]
+  return sums, (dhidden_BTD, dhead_DV.astype(head_DV.dtype))
+
+
+def _backward(chunk, z_loss_weight, gradients, cotangents):
+  scaled = lambda gradient: (gradient * cotangents[0]).astype(gradient.dtype)
+  return *map(scaled, gradients), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _split(chunk, *arrays):
+  """[B, T, ...] -> [chunks, B, C, ...]: a chunk takes columns of all rows, so that it stays spread over shards."""
+  B, T = arrays[0].shape[:2]
+  C = min(max(chunk // B, 1), T) if chunk else T
+
+  def split(array):
+    padded = jnp.pad(array, ((0, 0), (0, -T % C)) + ((0, 0),) * (array.ndim - 2))
+    return jnp.moveaxis(padded.reshape(B, -1, C, *array.shape[2:]), 1, 0)
+
+  return tuple(map(split, arrays))
+
+
+def _chunk(head_DV, hidden_BCD, targets_BC, mask_BC, z_loss_weight):
+  """(loss, nll, correct) of a chunk, and the gradient of its loss by the logits, in hidden's dtype."""
   logits_BCV = jnp.matmul(hidden_BCD, head_DV, preferred_element_type=jnp.float32)
   logsumexp_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
   target_logit_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-  correct_BC = target_logit_BC >= jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1))
+  correct = jnp.sum((target_logit_BC >= jnp.max(logits_BCV, axis=-1)) * mask_BC)
   nll = jnp.sum((logsumexp_BC - target_logit_BC) * mask_BC)
-  return nll, jnp.sum(logsumexp_BC**2 * mask_BC), jnp.sum(correct_BC * mask_BC)
+  loss = nll + z_loss_weight * jnp.sum(logsumexp_BC**2 * mask_BC)
+
+  p_BCV = jnp.exp(logits_BCV - logsumexp_BC[..., None])
+  target_BCV = jnp.arange(head_DV.shape[1])[None, None] == targets_BC[..., None]
+  dlogits_BCV = p_BCV * (1 + 2 * z_loss_weight * logsumexp_BC[..., None]) - target_BCV
+  return (loss, nll, correct), (dlogits_BCV * mask_BC[..., None]).astype(hidden_BCD.dtype)
