@@ -10,8 +10,8 @@ Two sweeps over the tiles that `sparse_pairs` cuts of a chunk's pairs (query, bl
            tile of a page.
 
 Value and gradient come from one sweep, so that the attention's scores, which cost G times an index head's, are made
-once. `jax.checkpoint` that keeps no residual makes both twice, as it does with attention's forward pass; without it the
-index branch's gradients, [B, T, K + 1, Di] in its dtype, are held until the backward pass.
+once. The index branch's gradients, [B, T, K + 1, Di] in its dtype, are held until the backward pass. They are named
+'mixer': the policy of rematerialisation that keeps mixers' outputs keeps them too, others run both sweeps again.
 
 Layout. As in `sparse_tpu` keys are in sublanes and queries in lanes, [b, r*G] scores of attention and [b, r] of the
 index branch. A query's G heads are neighbours in lanes, so their sum is a product with a matrix of zeros and ones: that
@@ -26,6 +26,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -75,7 +76,8 @@ def _forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_
   logsumexp = split(logsumexp_BTKG.reshape(B, T, H), c)
   dindex_k, (kl, dindex_q) = lax.scan(diverge, start, (chunks, index_q, logsumexp))
   dindex_k_BTDi = jnp.sum(dindex_k.reshape(B, -1, K, D), axis=2)[:, :T, :Di].astype(index_k_BTDi.dtype)
-  return jnp.sum(kl, axis=0), (join(dindex_q, T)[..., :Di], dindex_k_BTDi)
+  dindex = join(dindex_q, T)[..., :Di], dindex_k_BTDi
+  return jnp.sum(kl, axis=0), checkpoint_name(dindex, 'mixer')
 
 
 def _backward(block_size, interpret, dindex, dkl_B):

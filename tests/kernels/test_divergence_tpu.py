@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmx.kernels_pallas import divergence_tpu, reference, sparse, sparse_pairs
+from mmx.layers.block import REMAT_POLICIES
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
 kernel = functools.partial(divergence_tpu.selected_divergence_pallas, interpret=True)
@@ -120,8 +121,13 @@ def test_rows_of_padding_alone_give_zeros():
   assert not any(np.asarray(a).any() for a in jax.tree.leaves(result))
 
 
-def test_scores_are_made_once_for_value_and_gradient():
+@pytest.mark.parametrize('remat, runs', [('none', 1), ('mixer', 1), ('full', 2)])
+def test_scores_are_made_once_for_value_and_gradient_where_remat_lets_them(remat, runs):
   (*arrays, segments), b, top_k = make(T=64)
-  _, ids, logsumexp = by_oracle((*arrays, segments), b, top_k)
-  step = jax.value_and_grad(total_of(kernel, ids, segments, b), (2, 3), has_aux=True)
-  assert str(jax.make_jaxpr(step)(*arrays, logsumexp)).count('name=msa_divergence') == 1
+  B, T, H, _ = arrays[0].shape
+  K = arrays[1].shape[2]
+  total = total_of(kernel, jnp.zeros((B, T, K, top_k), jnp.int32), segments, b)
+  total = jax.checkpoint(total, policy=REMAT_POLICIES[remat]) if remat in REMAT_POLICIES else total
+  step = jax.value_and_grad(total, (2, 3), has_aux=True)
+  program = str(jax.make_jaxpr(step)(*arrays, jnp.zeros((B, T, K, H // K))))
+  assert program.count('name=msa_divergence') == program.count('name=msa_index_stats') == runs
