@@ -8,6 +8,8 @@ transposed operands, swizzles) is checked by compiling for sm_90a.
 Kernels take `interpret`: False for the card, `simulator()` for tests.
 """
 
+import inspect
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -37,16 +39,28 @@ def iota(shape, axis, layout, interpret):
   return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
 
-def product(a, b_ref, interpret, transpose_a=False, transpose_b=False):
+def read(ref, layout, interpret):
+  """What stands in shared or global memory, into registers of the `layout`; slow from global memory."""
+  if interpret:
+    return ref[...]
+  all_of_it = ((),) if 'idx' in inspect.signature(plgpu.load).parameters else ()  # before jax 0.12
+  return plgpu.load(ref, *all_of_it, layout=layout, optimized=False)
+
+
+def product(a, b_ref, interpret, transpose_a=False, transpose_b=False, start=None):
   """a @ b on the matrix unit, float32, done when it returns: [m, k] x [k, n] -> [m, n] in the layout WGMMA.
 
-  a is shared memory or registers (then not transposed), b shared memory; m is a multiple of 64.
+  a is shared memory or registers (then not transposed), b shared memory; m is a multiple of 64. The product is added to
+  `start`, [m, n] in the layout WGMMA, where it is given.
   """
   if interpret:
     a, b = a[...], b_ref[...]
-    return jnp.dot(a.T if transpose_a else a, b.T if transpose_b else b, preferred_element_type=jnp.float32)
+    result = jnp.dot(a.T if transpose_a else a, b.T if transpose_b else b, preferred_element_type=jnp.float32)
+    return result if start is None else start + result
   a = plgpu.transpose_ref(a, (1, 0)) if transpose_a else a
   b_ref = plgpu.transpose_ref(b_ref, (1, 0)) if transpose_b else b_ref
+  if start is not None:
+    return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b_ref))(plgpu.ACC.init(start))
 
   def multiply(sum_ref):
     plgpu.wgmma(sum_ref, a, b_ref)
