@@ -47,6 +47,7 @@ class TileKernels(NamedTuple):
   forward: Callable
   backward: Callable
   tile_rows: int  # most r*G
+  least_rows: int = 1  # below which a tile costs no less
 
 
 def unsupported(q_BTHDh, k_BSKDh, block_size, top_k, tile_rows) -> str:
@@ -86,7 +87,7 @@ def _forward(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, block_size
   chunks, keys = sides(*inputs, block_size)
 
   def one_chunk(queries):
-    out, logsumexp_NG = _attend(queries, keys, plan(queries, keys, kernels.tile_rows), Dh**-0.5, kernels)
+    out, logsumexp_NG = _attend(queries, keys, _tiles(queries, keys, kernels), Dh**-0.5, kernels)
     return out, logsumexp_NG.reshape(B, -1, H)  # H in the lanes; G alone would be padded to 128
 
   out, logsumexp = lax.map(one_chunk, chunks)
@@ -108,7 +109,7 @@ def _backward(block_size, kernels, residuals, cotangents):
 
   def one_chunk(dkeys, chunk):
     queries, *rest = chunk
-    return _attend_backward(queries, keys, plan(queries, keys, kernels.tile_rows), *rest, dkeys, Dh**-0.5, kernels)
+    return _attend_backward(queries, keys, _tiles(queries, keys, kernels), *rest, dkeys, Dh**-0.5, kernels)
 
   start = (jnp.zeros(keys.k_pbX.shape, jnp.float32),) * 2
   (dk, dv), dq = lax.scan(one_chunk, start, (chunks, split(logsumexp_BTH, c), split(delta_BTH, c), dout))
@@ -117,6 +118,11 @@ def _backward(block_size, kernels, residuals, cotangents):
 
 
 attend_in_tiles.defvjp(_forward, _backward)
+
+
+def _tiles(queries, keys, kernels):
+  G = queries.q_BcHD.shape[2] // queries.ids_BcKk.shape[2]
+  return plan(queries, keys, kernels.tile_rows, kernels.least_rows // G)
 
 
 def _attend(queries, keys, tiles, scale, kernels):

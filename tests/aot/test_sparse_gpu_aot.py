@@ -1,0 +1,43 @@
+"""Attention over selected blocks on Hopper cards that are not here, at 64 heads, 4 of keys, 16 blocks of 128."""
+
+import jax
+import pytest
+from test_sparse_aot import BLOCK, CHUNK_BYTES, DH, K, inputs
+
+from mmx.kernels_pallas.sparse_gpu import SHARES, attend_blocks
+
+
+def forward(*inputs):
+  return attend_blocks(*inputs, BLOCK)[0]
+
+
+def gradients(q, k, v, *rest):
+  return jax.grad(lambda *a: forward(*a, *rest).astype('float32').sum(), (0, 1, 2))(q, k, v)
+
+
+@pytest.fixture
+def temporaries(compile_for_hopper, assembled):
+  def compile_(function, T, products):
+    """Bytes of them, after the machine code was looked at: so many kernels with matrix products, none spills."""
+    compiled = compile_for_hopper(function, *inputs(T))
+    kernels = assembled().values()
+    for kernel in kernels:
+      print(f'{kernel.registers} registers, {kernel.spilled} bytes spilled')
+      assert kernel.spilled == 0
+    with_products = [kernel.ptx for kernel in kernels if 'wgmma.mma_async' in kernel.ptx]
+    assert len(with_products) == products and all('cp.async.bulk.tensor' in ptx for ptx in with_products)
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  return compile_
+
+
+def test_forward_of_131072_tokens_holds_one_chunk_and_one_copy_of_keys_and_values(temporaries):
+  T = 131072
+  one_copy = 2 * T * K * DH * 2
+  assert temporaries(forward, T, products=1) < CHUNK_BYTES + one_copy
+
+
+def test_gradient_of_32768_tokens_adds_rows_of_one_chunk_and_keys_in_float32(temporaries):
+  T = 32768
+  copies, parts = 2 * T * K * DH * (2 + 4 + 4), 2 * SHARES * BLOCK * DH * 4
+  assert temporaries(gradients, T, products=2) < 2 * CHUNK_BYTES + copies + parts
