@@ -18,6 +18,7 @@ FLOPs that these queries take, and of the bytes of cache that they must read.
 """
 
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -47,7 +48,6 @@ OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the figures; none is
 H, K, DH, DI = 64, 4, 128, 128
 BLOCK, TOP_K = 128, 16
 WINDOW = 1024
-MSA = {'block_size': BLOCK, 'top_k': TOP_K}
 CPU = {'implementation': 'auto', 'platform': 'cpu'}
 TURN = 0.05  # seconds that a turn lasts at least: calls are repeated
 
@@ -129,11 +129,12 @@ def against_full(context, queries):
   q_BTHDh, index_q_BTKDi = normal(3, 1, queries, H, DH), normal(4, 1, queries, K, DI)
   slots_BT = jnp.arange(context - queries, context, dtype=jnp.int32)[None]
   full = jax.jit(api.attend_cached), (q_BTHDh, cache['k'], cache['v'], slots_BT)
-  msa = jax.jit(lambda *arguments: api.msa_cached(*arguments, **MSA)), (
+  cached = functools.partial(api.msa_cached, block_size=BLOCK, **CPU)
+  msa = jax.jit(functools.partial(cached, top_k=TOP_K)), (
       q_BTHDh, cache['k'], cache['v'], index_q_BTKDi, cache['index_k'], slots_BT
   )
   if context <= 4 * TOP_K * BLOCK:  # that neither side passes by computing something else
-    all_blocks = api.msa_cached(*msa[1], block_size=BLOCK, top_k=-(-context // BLOCK))
+    all_blocks = cached(*msa[1], top_k=-(-context // BLOCK))
     np.testing.assert_allclose(all_blocks, full[0](*full[1]), atol=1e-4)
 
   rounds = seconds({'full': full, 'msa': msa})

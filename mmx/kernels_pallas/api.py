@@ -161,14 +161,21 @@ def msa_prefix_kl(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT,
   return function(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT)
 
 
-def msa_cached(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, *, block_size, top_k):
-  """T new tokens against a cache of S slots, a multiple of block_size; one form for every platform yet.
+def msa_cached(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, *, block_size, top_k, implementation,
+               platform):
+  """T new tokens against a cache of S slots, a multiple of block_size; 'reference' has no form for it and gathers.
 
   A query at slot i sees the slots up to i; at slot -1 it is padding and gets zeros. Returns [B, T, H, Dh].
+
+  Raises:
+    UnsupportedError: a named implementation does not support the platform or shape.
   """
-  return _sparse.msa_cached_gather(
-      q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k
-  )
+  arguments = q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k
+  everywhere = ('cpu', 'gpu', 'tpu')
+  unsupported = _msa_tpu.unsupported_cached(q_BTHDh, k_BKSDh, index_q_BTKDi, index_k_BSDi, block_size, top_k)
+  table = [('pallas', ('tpu',), unsupported), ('gather', everywhere, ''), ('reference', everywhere, '')]
+  name = _choose('msa against a cache', table, implementation, platform)
+  return (_msa_tpu.msa_cached_pallas if name == 'pallas' else _sparse.msa_cached_gather)(*arguments)
 
 
 def msa_recall(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, block_size, top_k):

@@ -1,15 +1,20 @@
-"""MiniMax Sparse Attention on TPU: what the kernels of `index_tpu`, `sparse_tpu` and `divergence_tpu` make together.
+"""MiniMax Sparse Attention on TPU, of the kernels in `index_tpu`, `sparse_tpu`, `divergence_tpu` and `decode_tpu`.
 
 Blocks are selected and attended to by Pallas kernels; another makes the index branch's divergence, over the same pairs
 of query and block, from the attention's logsumexp. It is paid in training only, as nothing asks for it elsewhere.
 
-Decoding stays with `sparse.msa_cached_gather` yet: the attention kernel takes keys as [B*P, b, K*Dh], and a cache that
-stands as [B, S, K, Dh] would be copied for it at every token (2 GiB at a million slots of M3's heads).
+Against a cache, few tokens go to the kernel that reads each one's blocks where they stand. Many tokens go to training's
+kernel, which wants keys as [B*P, b, K*Dh]: the cache is copied once, and then each block is read once for all.
 """
 
+import jax
 import jax.numpy as jnp
 
-from mmx.kernels_pallas import divergence_tpu, index_tpu, sparse_tpu
+from mmx.kernels_pallas import decode_tpu, divergence_tpu, index_tpu, sparse_tpu
+
+# Times that the choices of T tokens cover the cache before it pays to copy it. In place a choice moves 2 blocks, of
+# keys and of values; copied, a block of the cache moves 6, and a choice its queries' rows: half a block with 16 heads.
+COVER = 4
 
 
 def unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k) -> str:
@@ -37,3 +42,27 @@ def msa_pallas(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
       q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size, interpret
   )
   return out_BTHDh, kl_B
+
+
+def unsupported_cached(q_BTHDh, k_BKSDh, index_q_BTKDi, index_k_BSDi, block_size, top_k) -> str:
+  """Why the kernels cannot serve these shapes of a cache, in a few words; '' if they can."""
+  attention = decode_tpu.unsupported(q_BTHDh, k_BKSDh, block_size, top_k)
+  return attention or index_tpu.unsupported(index_q_BTKDi, index_k_BSDi, block_size)
+
+
+def msa_cached_pallas(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k,
+                      interpret=False):
+  """T new tokens against a cache of S slots; see `sparse.msa_cached_gather`. Returns [B, T, H, Dh].
+
+  `interpret` runs the kernels on CPU, for tests.
+  """
+  ids_BTKk = index_tpu.select_blocks_pallas(
+      index_q_BTKDi, index_k_BSDi, slots_BT, None, block_size, top_k, interpret=interpret
+  )
+  B, K, S, Dh = k_BKSDh.shape
+  copied = jax.ShapeDtypeStruct((B, S, K, Dh), k_BKSDh.dtype)
+  few = q_BTHDh.shape[1] * top_k * block_size < COVER * S
+  if few or sparse_tpu.unsupported(q_BTHDh, copied, block_size, top_k):
+    return decode_tpu.attend_chosen(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size, interpret=interpret)
+  k_BSKDh, v_BSKDh = k_BKSDh.swapaxes(1, 2), v_BKSDh.swapaxes(1, 2)
+  return sparse_tpu.attend_blocks(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, None, block_size, interpret)[0]

@@ -54,12 +54,14 @@ def append(cache, new, context: Context):
 
   Entries [B, T, K, Dh] go into a cache [B, K, S, Dh], entries without heads [B, T, D] into one [B, S, D].
   """
-  rows_B1 = jnp.arange(context.positions_BT.shape[0])[:, None]
 
   def write(slots, entries):
-    slot_BT = jnp.where(context.segment_ids_BT > 0, context.positions_BT, slots.shape[-2])
-    at = (rows_B1, slice(None), slot_BT) if slots.ndim == 4 else (rows_B1, slot_BT)
-    return slots.at[at].set(entries.astype(slots.dtype), mode='drop')
+    slot = jnp.where(context.segment_ids_BT > 0, context.positions_BT, slots.shape[-2])
+    if slots.ndim == 4:
+      slot, entries = slot[:, None], entries.swapaxes(1, 2)
+    # Heads by their numbers too: for a slice of all, XLA on TPU would turn the cache and back.
+    rows_heads = (number[..., None] for number in jnp.indices(slots.shape[:-2], sparse=True))
+    return slots.at[*rows_heads, slot].set(entries.astype(slots.dtype), mode='drop')
 
   return jax.tree.map(write, cache, new)
 

@@ -57,10 +57,9 @@ class SparseAttention(nn.Module):
       new = {'k': k_BTKDh, 'v': v_BTKDh, 'index_k': index_k_BTDi}
       cache = kept | attention.append({name: cache[name] for name in new}, new, context)
       slots_BT = jnp.where(context.segment_ids_BT > 0, context.positions_BT, -1)
-      out_BTHDh, aux = api.msa_cached(
-          q_BTHDh, cache['k'], cache['v'], index_q_BTKDi, cache['index_k'], slots_BT,
-          block_size=c.block_size, top_k=c.top_k,
-      ), None
+      inputs = q_BTHDh, cache['k'], cache['v'], index_q_BTKDi, cache['index_k'], slots_BT
+      function = lambda *inputs: (api.msa_cached(*inputs, **self._choice()),)
+      (out_BTHDh,), aux = self._sharded(function, (True,), *inputs, cached=True), None
     return attention.project_out(self, out_BTHDh, x_BTD.shape[-1], self.out_scale), cache, aux
 
   def _index(self, x_BTD, keys_x_BTD, context):
@@ -77,44 +76,54 @@ class SparseAttention(nn.Module):
       k_BT1Di = norm(self, 'index_k_norm', m.norm, k_BT1Di, m.norm_eps)
     return attention.rotated(m, context, q_BTKDi), attention.rotated(m, context, k_BT1Di)[:, :, 0]
 
+  def _choice(self):
+    c = self.model.msa
+    platform = sharding.platform_of(self.mesh)
+    return {'block_size': c.block_size, 'top_k': c.top_k, 'implementation': c.implementation, 'platform': platform}
+
   def _train(self, inputs, warmup):
     """Attention [B, T, H, Dh] and IndexAux, sparse or, in the warm-up, dense."""
     c = self.model.msa
-    blocks = {'block_size': c.block_size, 'top_k': c.top_k}
-    choice = {'implementation': c.implementation, 'platform': sharding.platform_of(self.mesh)}
 
     def sparse(q, k, v, index_q, index_k, segment_ids):
-      function = functools.partial(api.msa, **blocks, **choice)
+      function = functools.partial(api.msa, **self._choice())
       return self._sharded(function, (True, False), q, k, v, index_q, index_k, segment_ids)
 
     def dense(q, k, v, index_q, index_k, segment_ids):
-      choice_of_full = choice | {'implementation': self.model.attention.implementation}
-      out = api.attend(q, k, v, segment_ids, mesh=self.mesh, **choice_of_full)
+      out = api.attend(
+          q, k, v, segment_ids, implementation=self.model.attention.implementation,
+          platform=sharding.platform_of(self.mesh), mesh=self.mesh,
+      )
       function = lambda *inputs: (api.msa_prefix_kl(*inputs, implementation=c.implementation),)
       return out, *self._sharded(function, (False,), q, k, index_q, index_k, segment_ids)
 
     out, kl = sparse(*inputs) if warmup is None else jax.lax.cond(warmup, dense, sparse, *inputs)
     q, k, _, index_q, index_k, segment_ids = inputs
+    blocks = {'block_size': c.block_size, 'top_k': c.top_k}
     block_recall, score_recall = api.msa_recall(q, k, index_q, index_k, segment_ids, **blocks)
     queries = jnp.maximum(k.shape[2] * jnp.sum(segment_ids > 0), 1)
     return out, IndexAux(jnp.sum(kl) / queries, block_recall, score_recall)
 
-  def _sharded(self, function, are_heads, *inputs):
+  def _sharded(self, function, are_heads, *inputs, cached=False):
     """Runs `function` on each device's rows and kv heads; its outputs are [B, T, heads, ...], or [B] sums over heads.
 
+    Inputs with heads are [B, T, heads, ...], and where they are `cached` the second and third [B, heads, S, ...].
     Left to the partitioner, sorting and gathering pairs of all rows together would collect them on every device.
     """
     if self.mesh is None or self.mesh.size == 1:
       return function(*inputs)
-    q_BTHDh, k_BTKDh = inputs[:2]
-    rows, heads = sharding.spec_of(('batch', 'kv_heads'), (q_BTHDh.shape[0], k_BTKDh.shape[2]), self.mesh)
-    spec = lambda a: P(rows, None, heads, None) if a.ndim == 4 else P(rows)
+    q_BTHDh, keys = inputs[:2]
+    K = keys.shape[1 if cached else 2]
+    rows, heads = sharding.spec_of(('batch', 'kv_heads'), (q_BTHDh.shape[0], K), self.mesh)
+    in_specs = [P(rows, None, heads, None) if a.ndim == 4 else P(rows) for a in inputs]
+    if cached:
+      in_specs[1:3] = [P(rows, heads, None, None)] * 2
     local = lambda *inputs: tuple(
         out if is_heads else out[:, None] for out, is_heads in zip(function(*inputs), are_heads)
     )
     out_specs = tuple(P(rows, None, heads, None) if is_heads else P(rows, heads) for is_heads in are_heads)
     outs = jax.shard_map(
-        local, mesh=self.mesh, in_specs=tuple(map(spec, inputs)), out_specs=out_specs, check_vma=False
+        local, mesh=self.mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
     )(*inputs)
     return tuple(out if is_heads else jnp.sum(out, axis=1) for out, is_heads in zip(outs, are_heads))
 

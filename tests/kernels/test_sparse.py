@@ -274,7 +274,7 @@ def test_cached_attention_equals_training_for_rows_of_different_lengths():
     slots = jnp.asarray(slots, jnp.int32)
     pick = lambda a: jnp.take_along_axis(a, jnp.maximum(slots, 0)[..., None, None], axis=1)
     got = api.msa_cached(
-        pick(q), cached(k), cached(v), pick(index_q), beyond(index_k), slots, block_size=block, top_k=top_k
+        pick(q), cached(k), cached(v), pick(index_q), beyond(index_k), slots, block_size=block, top_k=top_k, **GATHER
     )
     np.testing.assert_allclose(got, jnp.where((slots >= 0)[..., None, None], pick(want), 0), rtol=1e-4, atol=1e-5)
 
@@ -314,7 +314,8 @@ def test_no_array_grows_with_the_square_of_the_length(what):
     if what == 'recall':
       return largest_array(functools.partial(api.msa_recall, **choice), q, k, index_q, index_k, ints)
     cached = jax.ShapeDtypeStruct((1, 2, T, 8), jnp.float32)
-    return largest_array(functools.partial(api.msa_cached, **choice), q, cached, cached, index_q, index_k, ints)
+    decode = functools.partial(api.msa_cached, **choice, **GATHER)
+    return largest_array(decode, q, cached, cached, index_q, index_k, ints)
 
   assert largest(2**19) <= 2.01 * largest(2**18) + sparse.CHUNK_ELEMENTS
   assert largest(2**20) < 2**20 * 1000  # 2^40 would be the square

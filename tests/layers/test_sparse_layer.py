@@ -231,6 +231,19 @@ def test_decode_equals_prefill_equals_train(top_k, chunks):
   assert not padding.any(), 'padding attends to nothing'
 
 
+def test_a_mesh_serves_as_one_device_does():
+  """Each device keeps the keys of its own rows and heads; the index keys of a row are on all that share it."""
+  config = model(top_k=2)
+  mixer, tree, x_BTD, _ = build(config, rows=4)
+  mesh = sharding.build_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+  new = functools.partial(sparse.init_cache, config, 4, LENGTH, jnp.float32)
+  chunks = [(25, (25, 9, 25, 1)), (17, (17, 16, 17, 17)), (24, (0, 17, 0, 24))]
+  wanted, last, _ = serve(mixer, tree, new(), x_BTD, chunks)
+  found, last_of_mesh, _ = serve(sparse.SparseAttention(config, 1.0, mesh), tree, new(), x_BTD, chunks)
+  close(found, wanted)
+  close(last_of_mesh['k'], last['k'])
+
+
 def test_one_device_equals_eight_in_gradients():
   """Rows over four devices, kv heads over two."""
   config = model(top_k=2)
