@@ -70,7 +70,8 @@ def assert_equals_oracle(function, arguments, tolerance):
   """In values and gradients, relative to the largest of each; the oracle computes in float32 from the same numbers."""
   found = values_and_gradients(function, *arguments)
   x, ids, *others = arguments
-  expected = values_and_gradients(reference.experts, x.astype(jnp.float32), ids, *(a.astype(jnp.float32) for a in others))
+  x, *others = (array.astype(jnp.float32) for array in (x, *others))
+  expected = values_and_gradients(reference.experts, x, ids, *others)
   for name, array, wanted in zip(('y', 'x', 'weights', 'w_gate_up', 'w_down'), found, expected):
     # Where an assignment is not here its weight has no effect; the oracle's one-hot says the same: exactly zero.
     limit = tolerance * float(jnp.abs(wanted).max())
