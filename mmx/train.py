@@ -262,25 +262,7 @@ class Programs:
     self.experiment = experiment
     self.mesh = sharding.build_mesh(experiment.mesh)
     self.devices = math.prod(sizes.values())
-    step = train_step.make_train_step(experiment, self.mesh)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-    self._lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(self.state, self.batch)
-
-  @functools.cached_property
-  def batch(self):
-    """Abstract batch [B, T] in its placement."""
-    import jax
-    import jax.numpy as jnp
-
-    from mmx import sharding
-
-    shape = self.experiment.data.batch_size, self.experiment.data.seq_len
-    placed = jax.sharding.NamedSharding(self.mesh, sharding.batch_spec())
-    fields = {name: jnp.int32 for name in ('tokens', 'targets', 'segment_ids', 'positions')}
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-        for name, dtype in (fields | {'loss_mask': jnp.float32}).items()
-    }
+    self._lowered = train_step.trace_train_step(experiment, self.mesh).lower()
 
   @functools.cached_property
   def state(self):
@@ -305,7 +287,8 @@ class Programs:
     from mmx import train_step
 
     step = train_step.make_eval_step(self.experiment, self.mesh)
-    return jax.jit(step).lower(self.state.params, self.state.router, self.batch).compile()
+    batch = train_step.abstract_batch(self.experiment, self.mesh)
+    return jax.jit(step).lower(self.state.params, self.state.router, batch).compile()
 
 
 def train(run: Run, programs: Programs, arms, preemption) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mmx import loss, optimizer, sharding
 from mmx.config import Experiment, parse_pattern
@@ -34,6 +34,14 @@ def abstract_state(experiment: Experiment, mesh: Mesh):
   return jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.unbox(boxed), placed
   )
+
+
+def abstract_batch(experiment: Experiment, mesh: Mesh):
+  """A batch [B, T] of ShapeDtypeStructs in its placement."""
+  shape = experiment.data.batch_size, experiment.data.seq_len
+  placed = NamedSharding(mesh, sharding.batch_spec())
+  dtypes = dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), jnp.int32) | {'loss_mask': jnp.float32}
+  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, dtype in dtypes.items()}
 
 
 def make_init(experiment: Experiment, mesh: Mesh) -> Callable:
@@ -179,6 +187,19 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> Callable:
     return TrainState(state.step + 1, params, router, opt_state), metrics
 
   return train_step
+
+
+def trace_train_step(experiment: Experiment, mesh: Mesh):
+  """The training step traced at its abstract state and batch, the state donated and left in its placement.
+
+  The mesh's devices need not be this host's: kernels that ask what chip they are for are told the mesh's.
+  """
+  state = abstract_state(experiment, mesh)
+  placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+  step = jax.jit(make_train_step(experiment, mesh), donate_argnums=0, out_shardings=(placed, None))
+  batch = abstract_batch(experiment, mesh)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return step.trace(state, batch)
 
 
 def make_eval_step(experiment: Experiment, mesh: Mesh) -> Callable:

@@ -48,6 +48,9 @@ MAY_IMPORT = {
     'loss': '',
     'optimizer': 'config',
     'train_step': 'config sharding layers model loss optimizer',
+    'hlo': '',
+    'topology': 'config',
+    'aot': 'config command flops hlo topology sharding train_step',
     'train': (
         'config command flops metrics report distributed checkpoint checkpoint_params sharding data train_step evals'
     ),

@@ -1,0 +1,51 @@
+"""`python -m mmx.aot` on small models and real slices."""
+
+import json
+
+import pytest
+
+import tiny
+from mmx import aot, config
+
+SMALL = dict(
+    model__d_model=256, model__vocab_size=512, model__attention__num_heads=4, model__attention__num_kv_heads=2,
+    model__attention__head_dim=128, model__attention__rotary_dim=64, model__moe__d_ff=128, model__pattern='full*3',
+    model__compute_dtype='bfloat16', data__seq_len=256, data__batch_size=8,
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+  path = tmp_path / 'small.gin'
+  path.write_text(config.dump(tiny.experiment(mesh__num_devices=0, mesh__fsdp=2, mesh__expert=2, **SMALL)))
+  return path
+
+
+def test_a_small_model_on_four_chips_is_proved_and_recorded(file, tmp_path, capsys):
+  aot.main([f'--config={file}', '--topology=v5e:2x2', f'--json={tmp_path}/out.json'])
+  told = capsys.readouterr().out
+  assert 'v5e:2x2: 4 chips, mesh fsdp 2 x expert 2' in told and 'predicted' in told
+  found = json.loads((tmp_path / 'out.json').read_text())
+  assert found['chips'] == 4 and 0 < found['peak'] < found['memory']
+  kinds = {c['kind']: c for c in found['collectives']}
+  assert {'all-gather', 'all-reduce'} <= set(kinds)
+  assert any(c['count'] >= 3 for c in found['collectives'])  # once a layer
+  assert 0 < found['utilisation']['most'] <= found['utilisation']['least'] <= 1
+
+
+def test_what_does_not_fit_is_refused_with_what_would_help(file):
+  large = ['--set=data.batch_size=65536', '--set=data.seq_len=2048', '--set=model.remat=none']
+  with pytest.raises(SystemExit) as stopped:
+    aot.main([f'--config={file}', '--topology=v5e:2x2', *large])
+  first, *more = stopped.value.code.splitlines()
+  assert first.startswith('error: --topology=v5e:2x2: ') and 'memory' in first
+  assert '--set model.remat=full' in more[0]
+
+
+@pytest.mark.parametrize('more, said', [
+    (['--topology=v9:2x2'], "unknown chip 'v9'"), (['--topology=v5e:2x2', '--set=mesh.fsdp=3'], 'mesh'),
+])
+def test_bad_input_ends_in_one_line(file, more, said):
+  with pytest.raises(SystemExit) as stopped:
+    aot.main([f'--config={file}', *more])
+  assert stopped.value.code.startswith('error: ') and said in stopped.value.code and '\n' not in stopped.value.code

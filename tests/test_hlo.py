@@ -1,0 +1,55 @@
+"""Collectives and traffic of compiled programs, against what the program was written to do."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mmx import hlo
+
+LOOPS = 5
+
+
+def read(function, *arguments):
+  computations, entry = hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
+  return computations, hlo.runs(computations, entry)
+
+
+def on_mesh(function, out_specs=P('x')):
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  return jax.shard_map(function, mesh=mesh, in_specs=P('x'), out_specs=out_specs, check_vma=False)
+
+
+@pytest.mark.parametrize('kind, function, sent', [
+    ('all-gather', lambda x: jax.lax.all_gather(x, 'x', tiled=True)[: x.shape[0]], 7 * 16 * 4),
+    ('all-reduce', lambda x: jax.lax.psum(x, 'x'), 2 * 16 * 4 * 7 / 8),
+    ('reduce-scatter', lambda x: jnp.tile(jax.lax.psum_scatter(x, 'x', tiled=True), 8), 16 * 4 * 7 / 8),
+    ('all-to-all', lambda x: jax.lax.all_to_all(x, 'x', 0, 0, tiled=True), 16 * 4 * 7 / 8),
+    ('collective-permute', lambda x: jax.lax.ppermute(x, 'x', [(i, (i + 1) % 8) for i in range(8)]), 16 * 4),
+])
+def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns(kind, function, sent):
+  def looped(x):
+    return jax.lax.fori_loop(0, LOOPS, lambda i, x: jnp.sin(function(x)), x)
+
+  (found,) = hlo.collectives(*read(on_mesh(looped), jnp.ones(8 * 16)))
+  assert (found.kind, found.count) == (kind, LOOPS)
+  assert found.bytes == LOOPS * sent
+
+
+def test_a_program_for_one_device_communicates_nothing():
+  assert hlo.collectives(*read(lambda x: x @ x, jnp.ones((8, 8)))) == []
+
+
+def test_traffic_is_operands_and_results_and_grows_with_the_loop():
+  size = 256 * 256 * 4
+  product = hlo.traffic(*read(lambda x: x @ x, jnp.ones((256, 256))))
+  assert 2 * size <= product <= 4 * size
+  loop = lambda n: hlo.traffic(*read(lambda x: jax.lax.fori_loop(0, n, lambda i, y: y @ x, x), jnp.ones((256, 256))))
+  assert 3 * size <= (loop(9) - loop(3)) / 6 <= 5.1 * size  # a product, and maybe a copy
+
+
+@pytest.mark.parametrize('shape, size', [
+    ('f32[]', 4), ('bf16[2,3]{1,0:T(8,128)(2,1)}', 12), ('(s32[4]{0}, (pred[8], f8e4m3fn[2,2]))', 28), ('token[]', 0),
+])
+def test_bytes_of_shapes(shape, size):
+  assert hlo.bytes_of(shape) == size
