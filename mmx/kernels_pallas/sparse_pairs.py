@@ -1,10 +1,11 @@
 """Attention over selected blocks on accelerators: keys outside, queries gathered (arXiv:2606.13392, section 4).
 
-A chunk of queries at a time. XLA sorts the chunk's pairs (query, block) by page, one block of one row and kv head, cuts
-the run of each page into tiles of r queries and gathers their rows; a kernel of the platform (`TileKernels`) goes
-through the tiles that there are. Each pair's output is weighed by log-sum-exp and gathered per query; the gradients of
-keys and values grow in float32 from tile to tile of a page and from chunk to chunk. All orders are fixed, so equal
-inputs give equal bits. On CPU `sparse.msa_gather` does the same in batches of small products.
+A chunk of queries and one kv head at a time: for the same memory, a chunk of all heads would have its queries share a
+block 1/K as often. XLA sorts the chunk's pairs (query, block) by page, one block of one row and kv head, cuts the run
+of each page into tiles of r queries and gathers their rows; a kernel of the platform (`TileKernels`) goes through the
+tiles that there are. Each pair's output is weighed by log-sum-exp and gathered per query; the gradients of keys and
+values grow in float32 from tile to tile of a page and from chunk to chunk. All orders are fixed, so equal inputs give
+equal bits. On CPU `sparse.msa_gather` does the same in batches of small products.
 
 Layout. Keys and values are held as [B*P, b, K*D]: one copy of each, in which a block of one head is a legal block of
 memory. D is Dh padded to a multiple of 128, as the tiles of a TPU's memory are anyhow. Pairs' outputs are held in the
@@ -27,7 +28,9 @@ from mmx.kernels_pallas.chunks import join, split
 from mmx.kernels_pallas.sparse import logsumexp_of_choices
 
 CHUNK_ELEMENTS = 2**26  # of the outputs of one chunk's pairs, R*G*D: 128 MiB in bfloat16, and room for half-full tiles
+LONGEST = 4  # times as much where a row has 4096 blocks or more, of which a shorter chunk's queries share few
 CHUNK_PAIRS = 2**17  # most tiles, whose pages stand in 512 KiB of the 1 MiB that a TPU has for scalars
+SUM_AT_ONCE = 4  # choices of a query
 LANES = 128
 
 
@@ -84,15 +87,20 @@ def attend_in_tiles(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, blo
 def _forward(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, block_size, kernels):
   B, T, H, Dh = q_BTHDh.shape
   inputs = q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments
-  chunks, keys = sides(*inputs, block_size)
+  K = k_BSKDh.shape[2]
+  chunks, keys = sides(*inputs, block_size, one_head=True)
 
   def one_chunk(queries):
-    out, logsumexp_NG = _attend(queries, keys, _tiles(queries, keys, kernels), Dh**-0.5, kernels)
-    return out, logsumexp_NG.reshape(B, -1, H)  # H in the lanes; G alone would be padded to 128
+    out, logsumexp = lax.map(lambda head: one_head(of_head(queries, head, K)), jnp.arange(K))
+    return _all_heads(out), _all_heads(logsumexp)
+
+  def one_head(queries):
+    out, logsumexp_NG = _attend(queries, keys, _tiles(queries, keys, kernels), K, Dh**-0.5, kernels)
+    return out, logsumexp_NG.reshape(B, -1, H // K)
 
   out, logsumexp = lax.map(one_chunk, chunks)
   out_BTHDh, logsumexp_BTH = join(out, T)[..., :Dh], join(logsumexp, T)
-  logsumexp_BTKG = logsumexp_BTH.reshape(B, T, k_BSKDh.shape[2], -1)
+  logsumexp_BTKG = logsumexp_BTH.reshape(B, T, K, -1)
   return (out_BTHDh, logsumexp_BTKG), (inputs, out_BTHDh, logsumexp_BTH)
 
 
@@ -102,14 +110,19 @@ def _backward(block_size, kernels, residuals, cotangents):
   q_BTHDh, k_BSKDh, v_BSKDh, *_ = inputs
   B, T, _, Dh = q_BTHDh.shape
   S, K = k_BSKDh.shape[1:3]
-  chunks, keys = sides(*inputs, block_size)
+  chunks, keys = sides(*inputs, block_size, one_head=True)
   c = chunks.q_BcHD.shape[2]
   delta_BTH = jnp.sum(out_BTHDh.astype(jnp.float32) * dout_BTHDh.astype(jnp.float32), axis=-1)
   dout = split(whole_lanes(dout_BTHDh.astype(q_BTHDh.dtype)), c)
 
   def one_chunk(dkeys, chunk):
     queries, *rest = chunk
-    return _attend_backward(queries, keys, _tiles(queries, keys, kernels), *rest, dkeys, Dh**-0.5, kernels)
+    one_head = lambda dkeys, head: of_this(of_head(queries, head, K), [_part(x, head, K) for x in rest], dkeys)
+    dkeys, dq = lax.scan(one_head, dkeys, jnp.arange(K))
+    return dkeys, _all_heads(dq)
+
+  def of_this(queries, rest, dkeys):
+    return _attend_backward(queries, keys, _tiles(queries, keys, kernels), *rest, dkeys, K, Dh**-0.5, kernels)
 
   start = (jnp.zeros(keys.k_pbX.shape, jnp.float32),) * 2
   (dk, dv), dq = lax.scan(one_chunk, start, (chunks, split(logsumexp_BTH, c), split(delta_BTH, c), dout))
@@ -125,29 +138,39 @@ def _tiles(queries, keys, kernels):
   return plan(queries, keys, kernels.tile_rows, kernels.least_rows // G)
 
 
-def _attend(queries, keys, tiles, scale, kernels):
-  """One chunk: out [B, c, H, D] and logsumexp [N, G]."""
-  B, c, H, D = queries.q_BcHD.shape
-  K = queries.ids_BcKk.shape[2]
+def _attend(queries, keys, tiles, K, scale, kernels):
+  """One chunk and kv head of K: out [B, c, G, D] and logsumexp [N, G]."""
+  B, c, G, D = queries.q_BcHD.shape
   out, stats = kernels.forward(tiles, keys, rows_of(queries.q_BcHD, queries, tiles), who(queries, tiles), K, scale)
   places = tiles.query_Mr.size
-  top, total = (stats[:, i].reshape(places, H // K) for i in (0, 1))
+  top, total = (stats[:, i].reshape(places, G) for i in (0, 1))
   logsumexp_NG = logsumexp_of_choices(top, total, tiles)
   weights_NkG = jnp.exp(top[tiles.place_Nk] - logsumexp_NG[:, None])
   weights_NkG = jnp.where(tiles.valid_Nk[..., None], weights_NkG, 0)
-  out_NGD = sum_of_choices(out.reshape(places, H // K, D), weights_NkG, tiles)
-  return out_NGD.reshape(B, c, H, D).astype(queries.q_BcHD.dtype), logsumexp_NG
+  out_NGD = sum_of_choices(out.reshape(places, G, D), weights_NkG, tiles)
+  return out_NGD.reshape(B, c, G, D).astype(queries.q_BcHD.dtype), logsumexp_NG
 
 
-def _attend_backward(queries, keys, tiles, logsumexp_BcH, delta_BcH, dout_BcHD, dkeys, scale, kernels):
-  """One chunk: the gradients of keys and values so far with its own added, and dq [B, c, H, D]."""
-  B, c, H, D = queries.q_BcHD.shape
-  K = queries.ids_BcKk.shape[2]
-  q_MrD, dout_MrD = rows_of(queries.q_BcHD, queries, tiles), rows_of(dout_BcHD, queries, tiles)
-  stats = lanes_of(logsumexp_BcH.reshape(-1, H // K), delta_BcH.reshape(-1, H // K), tiles, 0)
+def _attend_backward(queries, keys, tiles, logsumexp_BcG, delta_BcG, dout_BcGD, dkeys, K, scale, kernels):
+  """One chunk and kv head of K: the gradients of keys and values so far with its own added, and dq [B, c, G, D]."""
+  B, c, G, D = queries.q_BcHD.shape
+  q_MrD, dout_MrD = rows_of(queries.q_BcHD, queries, tiles), rows_of(dout_BcGD, queries, tiles)
+  stats = lanes_of(logsumexp_BcG.reshape(-1, G), delta_BcG.reshape(-1, G), tiles, 0)
   dq, *dkeys = kernels.backward(tiles, keys, q_MrD, dout_MrD, who(queries, tiles), stats, dkeys, K, scale)
-  dq_NGD = sum_of_choices(dq.reshape(-1, H // K, D), tiles.valid_Nk[..., None].astype(jnp.float32), tiles)
-  return tuple(dkeys), dq_NGD.reshape(B, c, H, D).astype(queries.q_BcHD.dtype)
+  dq_NGD = sum_of_choices(dq.reshape(-1, G, D), tiles.valid_Nk[..., None].astype(jnp.float32), tiles)
+  return tuple(dkeys), dq_NGD.reshape(B, c, G, D).astype(queries.q_BcHD.dtype)
+
+
+def _part(x_BcH, head, K):
+  """Of [B, c, H, ...] the heads of one kv head, [B, c, G, ...]; of [B, c, K, ...] that kv head itself."""
+  G = x_BcH.shape[2] // K
+  return lax.dynamic_slice_in_dim(x_BcH, head * G, G, axis=2)
+
+
+def _all_heads(x_KBcG):
+  """[K, B, c, G, ...] -> [B, c, H, ...]."""
+  x_BcKG = jnp.moveaxis(x_KBcG, 0, 2)
+  return x_BcKG.reshape(*x_BcKG.shape[:2], -1, *x_BcKG.shape[4:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,23 +189,33 @@ class Keys(NamedTuple):
 
 
 class Queries(NamedTuple):
-  """Query side of a chunk, or of all chunks with one more axis in front."""
+  """Query side of a chunk, or of all chunks with one more axis in front; of one kv head where `head` says which."""
 
   q_BcHD: jax.Array
   ids_BcKk: jax.Array
   slot_Bc: jax.Array
   segment_Bc: jax.Array
+  head: jax.Array | None = None
 
 
-def sides(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, b):
-  """Queries in chunks, keys in blocks."""
+def of_head(queries, head, K) -> Queries:
+  """A chunk's queries of one kv head of K."""
+  q_BcGD, ids_Bc1k = (_part(x, head, K) for x in (queries.q_BcHD, queries.ids_BcKk))
+  return queries._replace(q_BcHD=q_BcGD, ids_BcKk=ids_Bc1k, head=head)
+
+
+def sides(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, b, one_head=False):
+  """Queries in chunks, keys in blocks. A chunk's length is for one kv head at a time, or for all at once."""
   B, T, H, _ = q_BTHDh.shape
   S, K = k_BSKDh.shape[1:3]
   k = ids_BTKk.shape[3]
   query_segments, key_segments = segments or (jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32))
   q_BTHD = whole_lanes(q_BTHDh)
-  pairs = min(CHUNK_PAIRS, CHUNK_ELEMENTS // (H // K * q_BTHD.shape[-1]), (2**31 - 1) // (B * K * -(-S // b) + 1))
-  chunks = -(-T // max(1, pairs // (B * K * k)))
+  P = -(-S // b)
+  heads, times = (1, min(max(P // 1024, 1), LONGEST)) if one_head else (K, 1)
+  pairs = times * CHUNK_ELEMENTS // (H // K * q_BTHD.shape[-1])
+  pairs = min(pairs, CHUNK_PAIRS, (2**31 - 1) // (B * heads * P + 1))
+  chunks = -(-T // max(1, pairs // (B * heads * k)))
   c = -(-T // chunks)
   queries = Queries(split(q_BTHD, c), split(ids_BTKk, c, -1), split(slots_BT, c, -1), split(query_segments, c))
   last_B = jnp.max(slots_BT, axis=1)
@@ -248,6 +281,9 @@ def plan(queries, keys, tile_rows, least=1) -> Tiles:
   page_R, there_R = jnp.minimum(page_R, pages - 1), page_R < pages
   place_R = jnp.where(there_R, first_p[page_R] * r + index_R - start_p[page_R], 0)
   place_R = jnp.zeros(R, jnp.int32).at[pair_R].set(place_R, unique_indices=True)
+  if queries.head is not None:  # pages so far are row * P + block
+    heads = keys.k_pbX.shape[2] // queries.q_BcHD.shape[3]
+    page_M = (page_M // P * heads + queries.head) * P + page_M % P
   return Tiles(page_M, jnp.maximum(end_p[-1], 1), query_Mr, place_R.reshape(N, k), valid_BcKk.reshape(N, k))
 
 
@@ -276,11 +312,13 @@ def who(queries, tiles):
 def sum_of_choices(rows, weights_NkG, tiles):
   """[places, G, D] -> [N, G, D] float32: each query's choices by their weights, one gather at a time.
 
-  A loop, for the compiler makes of sixteen gathers in a row sixteen buffers: 136 MiB where the loop needs 24.
+  A loop, for the compiler makes of sixteen gathers in a row sixteen buffers: 136 MiB where the loop needs 24. Some go
+  together, so that the sum in float32 is read and written less often.
   """
   def add(sum_NGD, choice):
     place_N, weights_NG = choice
     return sum_NGD + weights_NG[..., None] * rows[place_N], None
 
   N = tiles.place_Nk.shape[0]
-  return lax.scan(add, jnp.zeros((N, *rows.shape[1:])), (tiles.place_Nk.T, jnp.moveaxis(weights_NkG, 1, 0)))[0]
+  choices = tiles.place_Nk.T, jnp.moveaxis(weights_NkG, 1, 0)
+  return lax.scan(add, jnp.zeros((N, *rows.shape[1:])), choices, unroll=SUM_AT_ONCE)[0]
