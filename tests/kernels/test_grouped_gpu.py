@@ -33,6 +33,23 @@ def test_a_nan_in_a_row_of_no_expert_here_reaches_no_output():
     assert bool(jnp.isfinite(found).all())
 
 
+def test_no_program_writes_a_row_behind_its_group():
+  """Another program writes there at the same time. Interpret mode fills outputs with NaN and runs one by one."""
+  x, w = jnp.ones((256, 128)), jnp.ones((3, 128, 128))
+  for product in (grouped_gpu._rows, grouped_gpu._transposed):
+    written = jnp.isfinite(product(x, w, jnp.array([0, 30, 20], jnp.int32), interpret=True))
+    np.testing.assert_array_equal(written, jnp.broadcast_to(jnp.arange(256)[:, None] < 50, (256, 128)))
+
+
+def test_gradient_of_the_weights_reads_the_rows_of_its_group_alone():
+  rng = np.random.default_rng(0)
+  x, dy = (rng.normal(size=(100, 128)).astype(np.float32) for _ in range(2))
+  expected = np.stack([np.zeros((128, 128)), x[:30].T @ dy[:30], x[30:50].T @ dy[30:50]])
+  x[50:] = dy[50:] = np.nan
+  found = grouped_gpu._weights(jnp.asarray(x), jnp.asarray(dy), jnp.array([0, 30, 20], jnp.int32), interpret=True)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_no_rows_at_all_give_zeros():
   x, ids, *others = inputs('uneven', 40, 2, 4)
   for found in values_and_gradients(experts_pallas, x, jnp.full_like(ids, 4), *others):
