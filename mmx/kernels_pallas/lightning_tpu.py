@@ -11,9 +11,9 @@ share: it stays in VMEM from the first to the last. The backward pass goes over 
 with dS in that place; it makes the weights of a chunk again, and reads S before each chunk, which the forward pass left
 if it is differentiated: as many bytes as q at chunks of 256.
 
-How many decays lie between two places is a matter of [B, T] integers, made outside (`_steps`); a negative number says
-that nothing passes: another document, or the future. The kernel turns them into exp(-s steps), so that no exponent is
-above 0. Padding is zero in q, k and v by then, and needs no mask inside.
+How many decays lie between two places is a matter of [B, T] integers, made outside (`count_steps`); a negative number
+says that nothing passes: another document, or the future. The kernel turns them into exp(-s steps), so that no exponent
+is above 0. Padding is zero in q, k and v by then, and needs no mask inside.
 
 Letters: B batch, T tokens, H heads, Dh head dim, N chunks, c tokens of a chunk. Heads come before tokens inside.
 """
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-STEPS = ('count', 'segment', 'into', 'out', 'through')  # the rows of `_steps`
+STEPS = ('count', 'segment', 'into', 'out', 'through')  # the rows of `count_steps`
 HEADS = 4, 2, 1  # of a tile, the most that divides H: they share a chunk's steps
 CHUNKS = {jnp.dtype('bfloat16'): (128, 256, 512), jnp.dtype('float32'): (128, 256)}  # fits 16 MiB of VMEM
 
@@ -60,14 +60,14 @@ def lightning_pallas(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_
     state_BHDhDh = jnp.zeros((B, H, Dh, Dh), jnp.float32)
   o_BHTDh, state_BHDhDh = _lightning(
       heads_first(q_BTHDh), heads_first(k_BTHDh), heads_first(v_BTHDh), state_BHDhDh.astype(jnp.float32),
-      jax.lax.stop_gradient(slopes_H.astype(jnp.float32)), _steps(segment_ids_BT, chunk), chunk, interpret,
+      jax.lax.stop_gradient(slopes_H.astype(jnp.float32)), count_steps(segment_ids_BT, chunk), chunk, interpret,
   )
   # o is 0 on padding as it stands; this keeps cotangents there out of the backward pass.
   o_BTHDh = jnp.where(segment_ids_BT[:, :, None, None] > 0, o_BHTDh.swapaxes(1, 2), 0)
   return o_BTHDh[:, :T], state_BHDhDh
 
 
-def _steps(segment_ids_BT, chunk):
+def count_steps(segment_ids_BT, chunk):
   """Decays between places, int32 [B, R, T], T a multiple of the chunk; negative where nothing passes. By row:
 
   the count n of the chunk's real tokens up to and with this one; the segment; from the state before the chunk into the
@@ -201,7 +201,7 @@ def _each_head(one_head, slopes_ref, steps_ref, start_ref, state_ref):
 
 
 def _read_steps(steps_ref):
-  """Steps within the chunk [c, c], into and out of tokens [c, 1], through it [1, 1]; see `_steps`."""
+  """Steps within the chunk [c, c], into and out of tokens [c, 1], through it [1, 1]; see `count_steps`."""
   steps_Rc = steps_ref[...]
   count_c1, segment_c1, into_c1, out_c1, _ = (column for column in jnp.split(steps_Rc.T, len(STEPS), axis=1))
   count_1c, segment_1c, _, _, through_1c = jnp.split(steps_Rc, len(STEPS), axis=0)
@@ -229,11 +229,11 @@ def _product(a, b, axis_a, axis_b):
   if a.dtype == b.dtype:
     return dot(a, b, 'highest' if a.dtype == jnp.float32 else None)
   if a.dtype == jnp.float32:
-    return sum(dot(half, b) for half in _halves(a, b.dtype))
-  return sum(dot(a, half) for half in _halves(b, a.dtype))
+    return sum(dot(half, b) for half in halves(a, b.dtype))
+  return sum(dot(a, half) for half in halves(b, a.dtype))
 
 
-def _halves(x, dtype):
+def halves(x, dtype):
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
   upper = jax.lax.bitcast_convert_type(bits, jnp.float32)
   return upper.astype(dtype), (x - upper).astype(dtype)
