@@ -134,7 +134,8 @@ def _best(q_BNDi, k_BSDi, slot_BN, segments, tiles_Bt4, after, block, n, scored,
   call = plgpu.kernel(
       functools.partial(_kernel, block=block, interpret=interpret),
       out_type=[jax.ShapeDtypeStruct((B, J, n, N), dtype) for dtype in dtypes],
-      grid=(B, t, J), grid_names=('row', 'tile', 'part'), num_threads=groups + 1, thread_name='group',
+      # The last runs fastest, and is the one that may exceed 65535, as with a million tokens and 16 heads.
+      grid=(B, J, t), grid_names=('row', 'part', 'tile'), num_threads=groups + 1, thread_name='group',
       kernel_name='select_blocks',
       scratch_types=[
           plgpu.SMEM((groups, ROWS, Di), q_BNDi.dtype, transforms=transforms),
