@@ -40,6 +40,17 @@ def test_a_step_against_1m_slots_writes_its_keys_and_copies_no_cache(compile_for
   assert compiled.memory_analysis().temp_size_in_bytes < 6 * MIB
 
 
+def test_a_chunk_of_a_prompt_whose_choices_cover_the_cache_copies_it_once(compile_for_tpu):
+  T, S = 512, 16384
+  cached = functools.partial(api.msa_cached, **CHOICE)
+  floats = array(1, T, H, Dh), array(1, K, S, Dh), array(1, K, S, Dh), array(1, T, K, Di), array(1, S, Di)
+  compiled = compile_for_tpu(cached, *floats, tokens(1, T))
+  assert 'msa_attend_blocks' in compiled.as_text()
+  # 16 MiB each of keys and values, 128 MiB each of the pairs' queries and outputs; scores of all pairs: 1 GiB.
+  pairs = T * 16 * H * Dh * 2
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * S * K * Dh * 2 + 2 * pairs
+
+
 def test_a_pool_of_pages_is_not_copied(compile_for_tpu):
   B, P, pages = 16, 512, 8192
   pool = array(pages, K, 128, Dh)
