@@ -20,7 +20,7 @@ def cross_entropy(hidden_BTD, head_DV, targets_BT, mask_BT, chunk=0, z_loss_weig
   """Summed cross-entropy of next-token prediction over masked positions, in nats, float32.
 
   Args:
-    hidden_BTD: in the dtype of the products, which are added up in float32; so is the gradient of the head.
+    hidden_BTD: in the dtype of the products. Chunks' parts of the head's gradient are added up in float32.
     head_DV: cast to hidden's dtype once.
     chunk: tokens whose logits are held at a time (V = 200,064: 0.8 MB a token in float32); 0 is all at once.
     z_loss_weight: weight of the sum of logsumexp^2 in `loss`.
@@ -44,7 +44,8 @@ def _forward(hidden_BTD, head_DV, targets_BT, mask_BT, chunk, z_loss_weight):
   def body(carry, piece):
     sums, dhead_DV = carry
     parts, dlogits_BCV = _chunk(head, *piece, z_loss_weight)
-    dhead_DV += jnp.einsum('bcd,bcv->dv', piece[0], dlogits_BCV, preferred_element_type=jnp.float32)
+    # In hidden's dtype until it is added: what the shards of a batch add up between them is half as long in bfloat16.
+    dhead_DV += jnp.einsum('bcd,bcv->dv', piece[0], dlogits_BCV)
     return (tuple(map(jnp.add, sums, parts)), dhead_DV), jnp.einsum('bcv,dv->bcd', dlogits_BCV, head)
 
   start = (jnp.zeros(()),) * 3, jnp.zeros(head_DV.shape, jnp.float32)

@@ -58,13 +58,16 @@ def test_values_and_gradients_are_those_of_the_plain_form(chunk, z_loss_weight):
   assert_close(chunked(*arguments), expected[0], 1e-5)  # without gradient
 
 
-def test_bfloat16_keeps_the_gradient_of_the_head_in_float32_over_all_chunks():
-  arguments = inputs(T=64, dtype=jnp.bfloat16)
-  by_chunk = {c: values_and_gradients(functools.partial(loss.cross_entropy, chunk=c), *arguments) for c in (0, 2)}
-  assert_close(by_chunk[0], values_and_gradients(plain, *arguments), 0.02)
-  assert [gradient.dtype for gradient in by_chunk[2][1]] == [jnp.bfloat16, jnp.float32]
-  # Sums in bfloat16 over 64 chunks would differ by some thousandths.
-  assert_close(by_chunk[2][1][1], by_chunk[0][1][1], 1e-5)
+def test_in_bfloat16_many_chunks_round_the_gradients_no_more_than_one():
+  arguments = inputs(T=256, dtype=jnp.bfloat16)
+  expected = values_and_gradients(plain, *arguments)
+  for chunk in (0, 2):  # 1 and 256 chunks
+    found = values_and_gradients(functools.partial(loss.cross_entropy, chunk=chunk), *arguments)
+    assert_close(found, expected, 0.02)
+    dhidden, dhead = found[1]
+    assert dhidden.dtype == jnp.bfloat16 and dhead.dtype == jnp.float32
+    # 0.0030 and 0.0027; the chunks' parts added up in bfloat16 would be off by 0.011.
+    assert float(jnp.linalg.norm(dhead - expected[1][1]) / jnp.linalg.norm(expected[1][1])) < 0.004
 
 
 def test_shards_of_the_batch_give_the_same():
