@@ -46,15 +46,18 @@ H, K, D, DI, BLOCK, TOP_K = 64, 4, 128, 128, 128, 16
 G = H // K
 SPLASH = 1024  # queries and keys of a tile of splash, in halves of keys: the largest that v5p's VMEM holds
 CHIPS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
-LOG = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
-       'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_MIN_LOG_LEVEL': '3',
-       'TPU_STDERR_LOG_LEVEL': '3'}  # no chip and no metadata server is asked
+HERE = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_MIN_LOG_LEVEL': '3',
+        'TPU_STDERR_LOG_LEVEL': '3'}  # no chip and no metadata server is asked
 SAMPLES = 16  # chunks of a prompt whose tiles are counted
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument {argv[1]!r}; every option starts with --')
+  for name, value in HERE.items():
+    os.environ.setdefault(name, value)  # of the child processes
+  jax.config.update('jax_platforms', 'cpu')
   result = {
       'date': datetime.date.today().isoformat(),
       'versions': {name: metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')},
@@ -158,7 +161,7 @@ def schedule(kernel, chip):
   bundles, (capacity, taken) = found[next(name for name in found if name.startswith(file))]
   side, units = info(chip).mxu_column_size, info(chip).num_mxus
   ideal = products / (units * side**2)
-  calls = [re.findall(r'vmatmul\S*\.mxu(\d)', text) for _, _, text in bundles]
+  calls = [re.findall(r'vmatmul\S*\.mxu(\d)', text) for _, text in bundles]
   hold = ideal * units / max(1, sum(map(len, calls)))
   now, free = 0, collections.Counter()
   for units_here in calls:
@@ -171,13 +174,13 @@ def schedule(kernel, chip):
       'cycles': math.ceil(max([now, *free.values()])), 'share': ideal / len(bundles),
       'slots': {name: taken[unit] / (capacity[unit] * len(bundles)) for unit, name in named.items()},
       'spills': taken['VSTORE:SPILL'], 'fills': taken['VLOAD:FILL'],
-      'loops': [own for _, own in sorted(collections.Counter(loop for loop, _, _ in bundles if loop).items())],
+      'loops': [own for _, own in sorted(collections.Counter(loop for loop, _ in bundles if loop).items())],
   }
 
 
 @functools.cache
 def schedule_files(make, chip):
-  """Compiles in a process of its own: {kernel: (bundles, (capacity, taken))}; a bundle is (loop, depth, text)."""
+  """Compiles in a process of its own: {kernel: (bundles, (capacity, taken))}; bundles as `read_bundles` has them."""
   with tempfile.TemporaryDirectory() as folder:
     fresh = multiprocessing.get_context('spawn')  # libtpu reads its flags once, as it is loaded
     with concurrent.futures.ProcessPoolExecutor(1, fresh) as pool:
@@ -193,7 +196,7 @@ def schedule_files(make, chip):
 
 def compile_(make, chip, folder):
   """In the child: compiles for a chip that is not here, and has libtpu dump what it makes."""
-  os.environ.update(LOG, LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true')
+  os.environ.update(HERE, LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true')
   function, arguments = make()
   topology = topologies.get_topology_desc(platform='tpu', topology_name=CHIPS[chip])
   mesh = jax.sharding.Mesh(topology.devices[:1], ('chip',))
@@ -204,15 +207,16 @@ def compile_(make, chip, folder):
 
 
 def read_bundles(text):
-  """[(number of the innermost loop, 0 for none; its depth; the instructions)], in order."""
-  bundles, loops, inside = [], 0, [0]
-  for number, mark, depth, instructions in re.findall(r'^ *(0x[0-9a-f]+|0) +([A-Z]{2})?: ?([> ]*)(\{.*)$', text, re.M):
+  """[(number of the innermost loop, 0 for none; the instructions)], in order: a loop ends where it falls through."""
+  bundles, loops, inside = [], 0, [(0, 0)]
+  for mark, depth, instructions in re.findall(r'^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})?: ?([> ]*)(\{.*)$', text, re.M):
     depth = depth.count('>')
-    inside = inside[: depth + 1]
     if mark == 'LB':
       loops += 1
-      inside = [*inside[:depth], loops]
-    bundles.append((inside[-1], depth, instructions))
+      inside.append((depth, loops))
+    while mark == 'PF' and depth < inside[-1][0]:
+      inside.pop()
+    bundles.append((inside[-1][1], instructions))
   return bundles
 
 
@@ -253,7 +257,7 @@ def prefill(tokens, chip):
   splash_cycles = H * tiles * (tiles + 1) // 2 * schedule('splash', chip)['cycles']
   c, r, memory = chunk(tokens)
   return {
-      'chip': chip, 'tokens': tokens, 'parts': parts, 'msa': total, 'dense': round(dense), 'splash': splash_cycles,
+      'chip': chip, 'tokens': tokens, 'parts': parts, 'msa': total, 'dense': round(dense), 'splash': int(splash_cycles),
       'dense / msa': dense / total, 'splash / msa': splash_cycles / total,
       'queries of a chunk': c, 'queries of a tile': r, 'rows held, MiB': memory / 2**20,
   }
@@ -293,16 +297,19 @@ def tiles_of(end, c, r):
 
 
 def moved_around(tokens):
-  """Bytes of a pair's rows: queries read and written, outputs read, the sum in float32 read and written."""
-  return tokens * K * TOP_K * G * D * (3 * 2 + 2 * 4)
+  """Bytes of pairs' rows outside the kernel: queries read and written; outputs read, written in order and read again;
+  the sum in float32 read and written by some choices at once."""
+  return tokens * K * TOP_K * G * D * (5 * 2 + 2 * 4 / sparse_pairs.SUM_AT_ONCE)
 
 
 def chunk(tokens):
   """(queries of a chunk, queries of a tile, bytes of its rows of queries and outputs at most)."""
   inputs = array(1, tokens, H, D), *[array(1, tokens, K, D)] * 2, integers(1, tokens, K, TOP_K), integers(1, tokens)
-  queries, keys = jax.eval_shape(functools.partial(sparse_pairs.sides, segments=None, b=BLOCK), *inputs)
-  one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), queries)
-  tiles = jax.eval_shape(functools.partial(sparse_pairs.plan, tile_rows=sparse_tpu.TILE_ROWS), one, keys)
+  sides = functools.partial(sparse_pairs.sides, segments=None, b=BLOCK, one_head=True)
+  queries, keys = jax.eval_shape(sides, *inputs)
+  one_chunk = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), queries)
+  plan = lambda queries, keys: sparse_pairs.plan(sparse_pairs.of_head(queries, 0, K), keys, sparse_tpu.TILE_ROWS)
+  tiles = jax.eval_shape(plan, one_chunk, keys)
   M, r = tiles.query_Mr.shape
   return queries.q_BcHD.shape[2], r, 2 * 2 * M * r * G * D
 
