@@ -30,12 +30,12 @@ def machine(*packages) -> dict:
   """Host, date, versions and load, for a file of figures; warns where others' work will be in them."""
   names = [line.partition(':')[2].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')]
   load = os.getloadavg()[0]
-  if load > BUSY:
+  alone = os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)  # chrt -f 1: others do not run beside it
+  if load > BUSY and not alone:
     print(f'warning: the machine is busy (load {load:.1f}): figures will be off', file=sys.stderr)
   return {
       'cpu': names[0] if names else platform.machine(), 'cores': len(os.sched_getaffinity(0)),
-      'load_average_before': load,
-      'real_time_priority': os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),  # others do not run beside it
+      'load_average_before': load, 'real_time_priority': alone,
       'date': datetime.date.today().isoformat(),
       'versions': {'python': platform.python_version()} | {name: metadata.version(name) for name in packages},
   }

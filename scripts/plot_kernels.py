@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import kernel_cases
 from bench_kernels import shown
 from kernel_cases import Options, Shape
+from measuring import BUSY
 
 from mmx import command, config, flops
 from mmx.report import COLOURS
@@ -45,14 +46,16 @@ MiniMax-M3's heads: 64 queries and 4 keys of 128, index keys of 128, blocks of 1
 against the fastest dense form of the same device in the same run, median of the rounds, bars from the lowest to the
 highest.
 
-- **FLOP ratio**: the cost model of the MSA paper (arXiv:2606.13392, section 3.1), a whole causal prompt: {flop_1m:.1f}
-  at 1M tokens, {flop_8k:.1f} at 8k. The index branch scores every key before it, so the ratio ends at 32.
+- **FLOP ratio**: the cost model of the MSA paper (arXiv:2606.13392, section 3.1) for a whole causal prompt, {flop_1m:.1f}
+  at 1M tokens and {flop_8k:.1f} at 8k. The index branch scores every key before it, so the ratio ends at 32.
 - **Byte ratio**: what one decoded token must read. Full attention reads all keys and values, MSA all index keys and 16
-  blocks of each key head: {byte_1m:.1f} at 1M. A device whose decoding is bound by memory cannot exceed it, unless
-  its dense form is further from that bound than MSA is.
+  blocks of each key head: {byte_1m:.1f} at 1M. A device whose decoding is bound by memory cannot exceed it, unless its
+  dense form is further from that bound than MSA is, as on the CPU below.
+- Up to k·b = 2,048 tokens MSA sees what full attention sees, and scores it besides: nothing is to be gained there.
 - **Published**: 14.2 for prefill and 7.6 for decoding at 1M on an H800 (the paper's abstract and figure 4).
 - On a CPU full attention over a whole long prompt would take hours: the last {tail} queries of the prompt stand for it.
-  They see more than the mean query, so their FLOP ratio is higher (dotted).
+  They see more than the mean query, so their FLOP ratio is higher (dotted). Full attention
+  against a cache is `spans` there, over a whole row `chunked`.
 
 {measured}
 ## What each kernel has passed
@@ -189,7 +192,10 @@ def measured(path, result) -> str:
     side = case['sides'][case['implementation']]
     low, middle, high = (1e3 * side['seconds'][name] for name in ('min', 'median', 'max'))
     ratio = case.get('ratio')
-    against = f'{ratio["median"]:.2f} ({ratio["min"]:.2f} to {ratio["max"]:.2f}) × {case["peer"]}' if ratio else ''
+    against = '' if ratio is None else (
+        f'{ratio["median"]:.2f} ({ratio["min"]:.2f} to {ratio["max"]:.2f}) × {case["peer"]}, '
+        f'itself at {case["sides"][case["peer"]]["roofline_share"]:.0%}'
+    )
     rows.append([
         case['kernel'], case['implementation'], shown((case['context'], case['queries'])),
         f'{short(middle)} ({short(low)} to {short(high)})', short(side['flops_per_second'] / 1e12),
@@ -199,19 +205,22 @@ def measured(path, result) -> str:
   ceiling, versions = result['ceilings'], result['versions']
   where = result['cpu'] if result['device'] == 'cpu' else result['device_kind']
   load = result['load_average_before']
+  busy = ' of other work, beside which the run had real-time priority' if result['real_time_priority'] else (
+      ' (**other work ran beside it: figures are off**)'
+  )
   worst = max(result['numerics'], key=lambda check: check['error'] / check['tolerance'])
   left_out = [*result['left_out'], *(f'{case["kernel"]}, peer {line}' for case in result['cases']
                                      for line in case['peers_left_out'])]  # fmt: skip
   return '\n'.join([
       f'## Measured: {label(result)}', '',
       f'{where}, jax {versions["jax"]}, {result["date"]}, load average at the start {load:.1f}'
-      + (' (**the machine was busy with other work: figures are off**)' if load > 0.5 else '') + '. Ceilings of the '
+      + (busy if load > BUSY else '') + '. Ceilings of the '
       f'run: products {ceiling["flops_per_second"]["median"] / 1e12:.3g} TFLOP/s, stream '
       f'{ceiling["bytes_per_second"]["median"] / 1e9:.3g} GB/s. All {len(result["numerics"])} forms and peers were '
       f'held against the oracle first; the worst was off by {worst["error"]:.1e} of the largest value '
       f'({worst["kernel"]}, {worst["implementation"]}; allowed {worst["tolerance"]:.0e}). `256@8k` are the last 256 '
       f'queries of 8k tokens. Raw figures: `docs/results/{path.name}`.', '',
-      table(rows, range(3, 7)), '', *(f'- Left out: {line}' for line in left_out), *([''] if left_out else []), '',
+      table(rows, range(3, 7)), '', *(f'- Left out: {line}' for line in left_out), *([''] if left_out else []),
   ])  # fmt: skip
 
 
@@ -221,7 +230,7 @@ def kernel_table(results) -> str:
   for path in sorted((ROOT / 'mmx/kernels_pallas').glob('*_?pu.py')):
     name, chip = path.stem.rsplit('_', 1)
     text = path.read_text()
-    if not re.search(r'\b(pallas_call|plgpu\.kernel|kernel_call)\(', text):
+    if not re.search(r'\bpl(gpu)?\.(pallas_call|kernel)\(', text):
       continue
     first = ast.get_docstring(ast.parse(text)).split('\n\n')[0]
     said = re.split(r'[.:;] ', re.sub(r'\s+', ' ', re.sub(r'\s*\([^)]*\)', '', first)))[0].rstrip('.')
