@@ -17,21 +17,18 @@ Ratios stand beside those of the paper's cost model (MSA, section 3.1: mean FLOP
 FLOPs that these queries take, and of the bytes of cache that they must read.
 """
 
-import datetime
 import functools
 import json
-import os
 import pathlib
-import platform
 import statistics
-import sys
 import time
-from importlib import metadata
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 from absl import app, flags
+from measuring import spread
 
 from mmx import config
 from mmx.kernels_pallas import api
@@ -65,16 +62,8 @@ def main(argv):
 
 
 def provenance():
-  names = [line.partition(':')[2].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')]
-  load = os.getloadavg()[0]
-  if load > 0.5:
-    print(f'warning: the machine is busy (load {load:.1f}): figures will be off', file=sys.stderr)
-  return {
-      'device': jax.devices()[0].platform, 'cpu': names[0] if names else platform.machine(),
-      'cores': len(os.sched_getaffinity(0)), 'load_average_before': load,
-      'real_time_priority': os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),  # others do not run beside it
-      'date': datetime.date.today().isoformat(), 'dtype': 'float32',
-      'versions': {'python': platform.python_version()} | {name: metadata.version(name) for name in ('jax', 'jaxlib')},
+  return measuring.machine('jax', 'jaxlib') | {
+      'device': jax.devices()[0].platform, 'dtype': 'float32',
       'heads': {'query': H, 'key': K, 'dim': DH, 'index_dim': DI, 'block': BLOCK, 'top_k': TOP_K, 'window': WINDOW},
       'rounds': ROUNDS.value,
   }
@@ -86,16 +75,12 @@ def provenance():
 
 def seconds(sides):
   """{name: seconds of one call, of every round} for {name: (compiled function, arguments)}, the sides by turns."""
-  repeats = {}
+  turns = {}
   for name, (function, arguments) in sides.items():
     once(function, arguments)  # the first call settles memory
-    repeats[name] = max(1, round(TURN / once(function, arguments)))
-  rounds = {name: [] for name in sides}
-  for number in range(ROUNDS.value):
-    for name in sorted(sides, reverse=number % 2 == 1):  # who begins alternates, so that slow drift cancels
-      function, arguments = sides[name]
-      rounds[name].append(once(function, arguments, repeats[name]))
-  return rounds
+    repeats = max(1, round(TURN / once(function, arguments)))
+    turns[name] = functools.partial(once, function, arguments, repeats)
+  return measuring.by_turns(turns, ROUNDS.value)
 
 
 def once(function, arguments, repeats=1):
@@ -103,10 +88,6 @@ def once(function, arguments, repeats=1):
   for _ in range(repeats):
     jax.block_until_ready(function(*arguments))
   return (time.perf_counter() - began) / repeats
-
-
-def spread(values):
-  return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
 
 
 def normal(seed, *shape):

@@ -46,16 +46,16 @@ MiniMax-M3's heads: 64 queries and 4 keys of 128, index keys of 128, blocks of 1
 against the fastest dense form of the same device in the same run, median of the rounds, bars from the lowest to the
 highest.
 
-- **FLOP ratio**: the cost model of the MSA paper (arXiv:2606.13392, section 3.1) for a whole causal prompt, {flop_1m:.1f}
-  at 1M tokens and {flop_8k:.1f} at 8k. The index branch scores every key before it, so the ratio ends at 32.
+- **FLOP ratio**: the cost model of the MSA paper (arXiv:2606.13392, section 3.1) for a whole causal prompt: at 1M
+  tokens {flop_1m:.1f}, at 8k {flop_8k:.1f}. The index branch scores every key before it, so the ratio ends at 32.
 - **Byte ratio**: what one decoded token must read. Full attention reads all keys and values, MSA all index keys and 16
   blocks of each key head: {byte_1m:.1f} at 1M. A device whose decoding is bound by memory cannot exceed it, unless its
   dense form is further from that bound than MSA is, as on the CPU below.
 - Up to k·b = 2,048 tokens MSA sees what full attention sees, and scores it besides: nothing is to be gained there.
 - **Published**: 14.2 for prefill and 7.6 for decoding at 1M on an H800 (the paper's abstract and figure 4).
 - On a CPU full attention over a whole long prompt would take hours: the last {tail} queries of the prompt stand for it.
-  They see more than the mean query, so their FLOP ratio is higher (dotted). Full attention
-  against a cache is `spans` there, over a whole row `chunked`.
+  They see more than the mean query, so their FLOP ratio is higher (dotted). Full attention against a cache is `spans`
+  there, over a whole row `chunked`.
 
 {measured}
 ## What each kernel has passed
