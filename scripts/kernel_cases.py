@@ -330,7 +330,7 @@ def lightning_both(o: Options, shape: Shape, count=1) -> Case:
   """Forward and backward over a whole row."""
   H, _, Dh, _ = o.heads
   N = shape.context
-  chunk = {'cpu': 64, 'gpu': 128, 'tpu': 256}[o.platform]  # the longest that the platform's kernel takes in float32 too
+  chunk = {'cpu': 64, 'gpu': 128, 'tpu': 256}[o.platform]  # Hopper's and TPU's longest in either dtype
   array = Drawn((1, N, H, Dh))
   arguments = {'q': array, 'k': array, 'v': array, 'dout': array, 'segments': documents(N, count),
                'slopes': np.asarray(lightning.slopes(H, 0, 2))}  # fmt: skip
