@@ -30,8 +30,8 @@ GROUPS = {
     'msa': config.MSAConfig,
 }  # fmt: skip
 INDEX = {  # which has no function of the api's own
-    'tpu': (index_tpu.select_blocks_pallas, index_tpu.unsupported),
-    'gpu': (index_gpu.select_blocks_gpu, index_gpu.unsupported),
+    'tpu': ('pallas', index_tpu.select_blocks_pallas, index_tpu.unsupported),
+    'gpu': ('hopper', index_gpu.select_blocks_gpu, index_gpu.unsupported),
 }  # fmt: skip
 EVERYWHERE = 'blocks', 'chunked', 'gather'  # implementations in XLA alone
 
@@ -133,7 +133,7 @@ def msa_train_flops(o: Options, shape: Shape) -> float:
 def implementations(kernel: str, o: Options) -> list[str]:
   """Names, those of one platform before those that serve everywhere; the oracle is not among what is measured."""
   if kernel == 'index':
-    return ['pallas', 'gather'] if o.platform in INDEX else ['gather']
+    return [*INDEX.get(o.platform, ())[:1], 'gather']
   group = GROUPS[kernel.partition('_')[0]]
   names = typing.get_args(group.__dataclass_fields__['implementation'].type)
   return sorted((name for name in names if name not in ('auto', 'reference')), key=EVERYWHERE.__contains__)
@@ -308,7 +308,7 @@ def index(o: Options, shape: Shape, count=1) -> Case:
       raise api.UnsupportedError(f'implementation {name!r} is unknown; one of {implementations("index", o)}')
 
     def function(a):
-      select, unsupported = INDEX[o.platform] if name == 'pallas' else (sparse.select_blocks, None)
+      _, select, unsupported = INDEX[o.platform] if name != 'gather' else (name, sparse.select_blocks, None)
       if reason := unsupported and unsupported(a['index_q'], a['index_k'], o.block):
         raise api.UnsupportedError(f'implementation {name!r} cannot be used here: {reason}')
       return select(a['index_q'], a['index_k'], a['slots'], None, o.block, o.top_k)
