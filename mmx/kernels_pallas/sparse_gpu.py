@@ -9,8 +9,8 @@ page and all strips: scores stand as [keys, queries], so that the gradients of i
 those of queries need all keys, whose part passes through shared memory.
 
 A page whose strips lie in several shares is summed in each: the first adds to what there is, the others write theirs
-apart, and a small kernel adds them in order. So a page that all queries chose takes no longer than others, nothing is
-added by atomics, and equal inputs give equal bits.
+apart, and a small kernel adds them in order. So a page that all queries chose is shared out like any other, nothing is
+added by atomics, and equal inputs give equal bits. None of it has run on a GPU.
 
 Letters as in `sparse_pairs`; C shares, h = rows / 64 strips of a tile, s a strip, s // h its tile. A run is the strips
 of one page within a share.
@@ -127,6 +127,7 @@ class Walk(NamedTuple):
   strips: int  # h
 
   def share(self, count_ref):
+    """First strip and end of this block of threads' share."""
     return share(lax.axis_index('share'), count_ref[0] * self.strips)
 
   def runs(self, share, page_ref, end_ref, one_run):
