@@ -78,20 +78,19 @@ def loss_terms(
   inputs = batch['tokens'], batch['positions'], batch['segment_ids']
   out = Decoder(m, mesh).apply(variables, *inputs, warmup=warmup)
   chunk, mask = experiment.train.loss_chunk, batch['loss_mask']
-  nll, squared, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, chunk)
+  z_loss_weight = experiment.train.z_loss_weight
+  total, nll, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, chunk, z_loss_weight)
+  total /= token_count
   metrics = {'loss': nll / token_count, 'accuracy': correct / token_count}
-  total = metrics['loss']
-  if experiment.train.z_loss_weight:
-    total += experiment.train.z_loss_weight * squared / token_count
 
   for i, hidden in enumerate(out.mtp):
     # Target of module i is i + 1 further than the next token; it must exist and lie in the same document.
     targets = shift_left(batch['targets'], i + 1)
     same = shift_left(batch['segment_ids'], i + 1) == batch['segment_ids']
     mtp_mask = shift_left(mask, i + 1) * same
-    mtp_nll, _, _ = loss.cross_entropy(hidden, out.head, targets, mtp_mask, chunk)
+    mtp_loss, mtp_nll, _ = loss.cross_entropy(hidden, out.head, targets, mtp_mask, chunk)
     metrics[f'mtp_loss_{i + 1}'] = mtp_nll / token_count
-    total += mtp_weight / len(out.mtp) * metrics[f'mtp_loss_{i + 1}']
+    total += mtp_weight / len(out.mtp) * mtp_loss / token_count
 
   microbatches = experiment.train.accumulate
   leaves = jax.tree.leaves(out.aux, is_leaf=_is_aux)
@@ -209,7 +208,7 @@ def make_eval_step(experiment: Experiment, mesh: Mesh) -> Callable:
     variables = {'params': params, 'router': router}
     out = Decoder(experiment.model, mesh).apply(variables, batch['tokens'], batch['positions'], batch['segment_ids'])
     mask = batch['loss_mask']
-    nll, _, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, experiment.train.loss_chunk)
+    _, nll, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, experiment.train.loss_chunk)
     return nll, correct, jnp.sum(mask)
 
   return eval_step

@@ -7,6 +7,7 @@ import pytest
 
 import tiny
 from mmx import distributed, optimizer, sharding, train_step
+from mmx.model import Decoder
 
 
 def run(experiment, steps=2, change_batch=lambda batch: batch):
@@ -57,6 +58,25 @@ def test_of_a_large_model_only_norms_and_routers_are_held_twice(monkeypatch):
     parts = leaf.size // np.prod(leaf.sharding.shard_shape(leaf.shape))
     name = path[-1].key
     assert (parts == 1 if name in ('scale', 'w_gate') or name.endswith('_norm') else parts == 8), (path, leaf)
+
+
+def test_z_loss_adds_the_squared_logsumexp_to_the_loss_and_to_its_gradient():
+  weight, batch = 0.1, tiny.batch(tiny.BASE)
+  state = train_step.init_state(tiny.BASE, sharding.build_mesh(tiny.BASE.mesh))
+  count = batch['loss_mask'].sum()
+
+  def total(params, z_loss_weight):
+    experiment = tiny.experiment(train__z_loss_weight=z_loss_weight)
+    return train_step.loss_terms(experiment, None, params, state.router, batch, 0.3, count)[0]
+
+  def wanted(params):
+    variables = {'params': params, 'router': state.router}
+    out = Decoder(tiny.BASE.model).apply(variables, batch['tokens'], batch['positions'], batch['segment_ids'])
+    logsumexp_BT = jax.nn.logsumexp(out.hidden @ out.head, axis=-1)
+    return total(params, 0.0) + weight * jnp.sum(logsumexp_BT**2 * batch['loss_mask']) / count
+
+  found = jax.jit(jax.value_and_grad(lambda params: total(params, weight)))(state.params)
+  close(found, jax.jit(jax.value_and_grad(wanted))(state.params), 1e-5)
 
 
 def test_accumulation_equals_a_big_batch():
