@@ -55,7 +55,6 @@ def product(a, b_ref, interpret, transpose_a=False, transpose_b=False, start=Non
   """
   if interpret:
     a, b = a[...], b_ref[...]
-    plgpu.commit_smem()  # the matrix unit reads as copies in bulk do: what they write next is in order
     plgpu.commit_smem()  # the matrix unit reads as bulk copies do; these reads, as watched since jax 0.12, do not
     result = jnp.dot(a.T if transpose_a else a, b.T if transpose_b else b, preferred_element_type=jnp.float32)
     return result if start is None else start + result

@@ -130,7 +130,7 @@ def _pass(q, k, v, state, slopes_H, steps_BRT, chunk, interpret, backwards=False
           loaded=plgpu.Barrier(num_arrivals=4, num_barriers=stages),  # by the copies of q, k, v and steps
           used=plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # by the state's warpgroup and the output's
           states_s=tiles(2, Dh, COLUMNS), left=plgpu.Barrier(num_barriers=2), taken=plgpu.Barrier(num_barriers=2),
-          faded_s=tiles(2, ROWS, COLUMNS), o_s=tiles(ROWS, COLUMNS),
+          upper_s=tiles(ROWS, COLUMNS), lower_s=tiles(ROWS, COLUMNS), o_s=tiles(ROWS, COLUMNS),
       ),
       compiler_params=plgpu.CompilerParams(approx_math=True), kernel_name='lightning', interpret=interpret,
   )(slopes_H, steps_BRT, q, k, v, state)
@@ -140,7 +140,7 @@ def _pass(q, k, v, state, slopes_H, steps_BRT, chunk, interpret, backwards=False
 
 
 def _kernel(slopes_g, steps_g, q_g, k_g, v_g, first_g, o_g, last_g, *, q_s, k_s, v_s, steps_s, loaded, used, states_s,
-            left, taken, faded_s, o_s, backwards, interpret):
+            left, taken, upper_s, lower_s, o_s, backwards, interpret):
   """All chunks of a row and head, for one part of the value columns."""
   b, h, part, group = (jax.lax.axis_index(name) for name in ('row', 'head', 'part', 'group'))
   columns = pl.ds(part * COLUMNS, COLUMNS)
@@ -195,11 +195,10 @@ def _kernel(slopes_g, steps_g, q_g, k_g, v_g, first_g, o_g, last_g, *, q_s, k_s,
         rows = pl.ds(start, ROWS)
         v = hopper.read(v_s.at[slot, rows], plgpu.Layout.WGMMA, interpret)
         faded = v.astype(jnp.float32) * spread(fade(read_steps(out, slot, rows, 0)), 0)
-        for i, half in enumerate(halves(faded, v.dtype)):
-          faded_s[i] = half
+        upper_s[...], lower_s[...] = halves(faded, v.dtype)
         plgpu.commit_smem()
-        for i in range(2):
-          state = hopper.product(k_s.at[slot, rows], faded_s.at[i], interpret, transpose_a=True, start=state)
+        for half_s in (upper_s, lower_s):
+          state = hopper.product(k_s.at[slot, rows], half_s, interpret, transpose_a=True, start=state)
       plgpu.barrier_arrive(used.at[slot])
       return state
 
