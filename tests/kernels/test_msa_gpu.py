@@ -1,4 +1,4 @@
-"""MSA from Hopper's kernels, as a whole and in their simulator: equal to the oracle in both outputs and every gradient."""
+"""MSA from Hopper's kernels, as a whole and in their simulator: equal to the oracle in outputs and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,10 @@ import pytest
 from test_msa_tpu import inputs
 
 from mmx.kernels_pallas import hopper, index_gpu, reference, sparse_gpu
-from mmx.kernels_pallas.msa_gpu import msa_hopper, unsupported
+from mmx.kernels_pallas.msa_gpu import msa_pallas, unsupported
 
 
-def test_msa_hopper_equals_the_oracle_in_values_and_gradients(monkeypatch):
+def test_msa_pallas_equals_the_oracle_in_values_and_gradients(monkeypatch):
   """Three documents and padding in one row of three blocks, of which each query attends to two."""
   monkeypatch.setattr(sparse_gpu, 'SHARES', 1)
   monkeypatch.setattr(index_gpu, 'CORES', 1)
@@ -27,7 +27,7 @@ def test_msa_hopper_equals_the_oracle_in_values_and_gradients(monkeypatch):
     (_, outs), gradients = jax.jit(jax.value_and_grad(scalar, range(5), has_aux=True))(*floats)
     return *outs, *gradients
 
-  simulated = run(lambda *a: msa_hopper(*a, interpret=hopper.simulator()))
+  simulated = run(lambda *a: msa_pallas(*a, interpret=hopper.simulator()))
   for found, wanted in zip(simulated, run(reference.msa), strict=True):
     assert found.dtype == wanted.dtype
     found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
