@@ -365,6 +365,7 @@ def _backward_kernel(
         dq = hopper.product(dscores_block, k_smem.at[buffer, :, columns], interpret, transpose_a=True)
         plgpu.barrier_arrive(dscores_free)
         tile, rows = walk.rows(s)
+        # 16 bytes of a row at a time: jax 0.10 compiles that, 0.12 refuses it. Shared memory has no room for a tile.
         dq_ref[tile, rows, columns] = dq.astype(dq_ref.dtype)
         return dk, dv
 
