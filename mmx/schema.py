@@ -41,7 +41,7 @@ class LightningConfig:
   head_dim: int = 32  # Dh; the state of a head is [Dh, Dh]
   chunk: int = 64  # tokens computed as one block
   norm_eps: float = 1e-6  # of the output norm
-  implementation: Literal['auto', 'reference', 'chunked', 'pallas'] = 'auto'
+  implementation: Literal['auto', 'reference', 'chunked', 'pallas', 'hopper'] = 'auto'
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MSAConfig:
   index_norm: Literal['none', 'per_head'] = 'per_head'  # the paper has none; M3 norms each index head
   kl_weight: float = 1.0  # lambda, on the sum over layers of KL(teacher || index branch)
   warmup_steps: int = 0  # optimizer steps with full attention, KL over the whole causal prefix
-  implementation: Literal['auto', 'reference', 'gather', 'pallas'] = 'auto'
+  implementation: Literal['auto', 'reference', 'gather', 'pallas', 'hopper'] = 'auto'
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class MoEConfig:
   balance_loss_weight: float = 0.0  # coefficient of the Switch-style balance loss
   capacity_factor: float = 0.0  # 0 is dropless; otherwise each expert keeps ceil(factor * tokens * top_k / E) per shard
   transport: Literal['ring', 'ragged', 'padded'] = 'ring'  # used when mesh.expert > 1
-  implementation: Literal['auto', 'reference', 'loop', 'blocks', 'megablox'] = 'auto'  # grouped product over experts
+  implementation: Literal['auto', 'reference', 'loop', 'blocks', 'megablox', 'hopper'] = 'auto'  # of experts
 
 
 @dataclass(frozen=True)

@@ -249,15 +249,19 @@ def test_rung_2_each_form_is_held_against_the_oracle(what, name):
   assert f'{what}_{name}' in KERNEL_TESTS or name in LIBRARY and f"'{name}'" in KERNEL_TESTS
 
 
-TPU_FILES = (ROOT / 'mmx/kernels_pallas').glob('*_tpu.py')
-OURS = sorted(path.stem.removesuffix('_tpu') for path in TPU_FILES if 'pl.pallas_call' in path.read_text())
+KERNEL_FILES = {
+    path.stem: path.read_text() for path in sorted((ROOT / 'mmx/kernels_pallas').glob('*_[tg]pu.py'))
+}
+OURS = [name for name, text in KERNEL_FILES.items() if re.search(r'pl\.pallas_call|plgpu\.kernel', text)]
+AOT_TESTS = [path.read_text() for path in (ROOT / 'tests/aot').glob('test_*.py')]
 
 
 @pytest.mark.parametrize('kernel', OURS)
 def test_rungs_2_3_and_5_our_kernels_are_interpreted_poisoned_and_compiled_ahead_of_time(kernel):
-  interpreted = (ROOT / f'tests/kernels/test_{kernel}_tpu.py').read_text()
-  assert re.search(r'interpret=True|in interpret mode', interpreted) and re.search(r'\bnan\b', interpreted)
-  assert 'compile_for_tpu' in (ROOT / f'tests/aot/test_{kernel}_aot.py').read_text()
+  interpreted = (ROOT / f'tests/kernels/test_{kernel}.py').read_text()
+  assert re.search(r'interpret=True|in interpret mode|simulator\(', interpreted) and re.search(r'\bnan\b', interpreted)
+  compiler = 'compile_for_hopper' if kernel.endswith('_gpu') else 'compile_for_tpu'
+  assert any(re.search(rf'\b{kernel}\b', text) and compiler in text for text in AOT_TESTS)
 
 
 # A kernel's lowering asks what chip it is for, and would find this host's CPU.

@@ -1,5 +1,9 @@
 """Choice of implementation: 'auto' takes the first that supports the platform and shape, and says so once in the log;
-a named one is used or raises. The platform is the mesh's, never the host's default backend."""
+a named one is used or raises. The platform is the mesh's, never the host's default backend.
+
+'hopper' names our kernels for GPUs of that generation. 'auto' does not take them: a GPU may be of another one, and they
+have run in the simulator only.
+"""
 
 import functools
 
@@ -22,6 +26,19 @@ class UnsupportedError(ValueError):
 @functools.cache
 def _log_once(message):
   logging.info(message)
+
+
+def _hopper(what, platform, refusal):
+  """The module of kernels for `what` on Hopper; refusal(module) is '' or why it cannot serve.
+
+  Mosaic GPU takes a while to import: only where it is asked for.
+  """
+  from mmx.kernels_pallas import grouped_gpu, lightning_gpu, msa_gpu
+
+  module = {'experts': grouped_gpu, 'lightning': lightning_gpu}.get(what, msa_gpu)
+  if reason := refusal(module) if platform == 'gpu' else f'not for {platform}':
+    raise UnsupportedError(f"{what} implementation 'hopper' cannot be used here: {reason}")
+  return module
 
 
 def _choose(what, table, implementation, platform):
@@ -86,9 +103,13 @@ def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementat
   table = [
       ('megablox', ('tpu',), lanes),
       ('loop', ('cpu',), ''),
+      ('hopper', (), ''),
       ('blocks', everywhere, ''),
       ('reference', everywhere, ''),
   ]
+  arguments = x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation
+  if implementation == 'hopper':
+    return _hopper('experts', platform, lambda gpu: gpu.unsupported(x_ND, w_gate_up_ED2F)).experts_hopper(*arguments)
   name = _choose('experts', table, implementation, platform)
   function = {
       'megablox': _grouped.experts_megablox,
@@ -96,7 +117,7 @@ def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementat
       'blocks': _grouped.experts_blocks,
       'reference': reference.experts,
   }[name]
-  return function(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation)
+  return function(*arguments)
 
 
 def sliding(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, window, sink_tokens, implementation, platform,
@@ -128,16 +149,21 @@ def lightning(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh=
   everywhere = ('cpu', 'gpu', 'tpu')
   table = [
       ('pallas', ('tpu',), _lightning_tpu.unsupported(q_BTHDh, chunk)),
+      ('hopper', (), ''),
       ('chunked', everywhere, ''),
       ('reference', everywhere, ''),
   ]
+  arguments = q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh
+  if implementation == 'hopper':
+    kernels = _hopper('lightning', platform, lambda gpu: gpu.unsupported(q_BTHDh, chunk))
+    return kernels.lightning_hopper(*arguments, chunk=chunk)
   name = _choose('lightning', table, implementation, platform)
   function = {
       'pallas': functools.partial(_lightning_tpu.lightning_pallas, chunk=chunk),
       'chunked': functools.partial(_lightning.lightning_chunked, chunk=chunk),
       'reference': reference.lightning,
   }[name]
-  return function(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh)
+  return function(*arguments)
 
 
 def msa(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, block_size, top_k, implementation,
@@ -149,8 +175,15 @@ def msa(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, 
   """
   arguments = q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k
   everywhere = ('cpu', 'gpu', 'tpu')
-  unsupported = _msa_tpu.unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k)
-  table = [('pallas', ('tpu',), unsupported), ('gather', everywhere, ''), ('reference', everywhere, '')]
+  shapes = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k
+  table = [
+      ('pallas', ('tpu',), _msa_tpu.unsupported(*shapes)),
+      ('hopper', (), ''),
+      ('gather', everywhere, ''),
+      ('reference', everywhere, ''),
+  ]
+  if implementation == 'hopper':
+    return _hopper('msa', platform, lambda gpu: gpu.unsupported(*shapes)).msa_hopper(*arguments)
   name = _choose('msa', table, implementation, platform)
   return {'pallas': _msa_tpu.msa_pallas, 'gather': _sparse.msa_gather, 'reference': reference.msa}[name](*arguments)
 
@@ -173,8 +206,17 @@ def msa_cached(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT,
   arguments = q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k
   everywhere = ('cpu', 'gpu', 'tpu')
   unsupported = _msa_tpu.unsupported_cached(q_BTHDh, k_BKSDh, index_q_BTKDi, index_k_BSDi, block_size, top_k)
-  table = [('pallas', ('tpu',), unsupported), ('gather', everywhere, ''), ('reference', everywhere, '')]
-  name = _choose('msa against a cache', table, implementation, platform)
+  table = [
+      ('pallas', ('tpu',), unsupported),
+      ('hopper', (), ''),
+      ('gather', everywhere, ''),
+      ('reference', everywhere, ''),
+  ]
+  what = 'msa against a cache'
+  if implementation == 'hopper':
+    refusal = lambda gpu: gpu.unsupported_cached(index_q_BTKDi, index_k_BSDi, block_size)
+    return _hopper(what, platform, refusal).msa_cached_hopper(*arguments)
+  name = _choose(what, table, implementation, platform)
   return (_msa_tpu.msa_cached_pallas if name == 'pallas' else _sparse.msa_cached_gather)(*arguments)
 
 

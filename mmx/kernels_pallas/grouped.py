@@ -14,7 +14,7 @@ in both directions (the inverse permutation is at hand), since a scatter-add of 
   blocks    Any platform, for shapes that kernels refuse. Groups padded to blocks of 256 rows, one batched product with
             gathered weights.
   megablox  TPU. The Pallas grouped product of jax with true group sizes; rows behind the last group are masked.
-  pallas    Hopper, in `grouped_gpu`: the same by kernels of ours.
+  hopper    GPUs of that generation, in `grouped_gpu`: the same by kernels of ours.
 
 Letters: N tokens, k experts per token, R rows, E experts, D model, F expert hidden, b block rows.
 """

@@ -37,7 +37,7 @@ STAGES = 4  # steps of operands in shared memory: 48 KiB each of 227 KiB
 
 
 def unsupported(x_ND, w_gate_up_ED2F) -> str:
-  """'' where `experts_pallas` compiles for Hopper, else one reason. Takes anything with shape and dtype."""
+  """'' where `experts_hopper` compiles for Hopper, else one reason. Takes anything with shape and dtype."""
   D, _, F = w_gate_up_ED2F.shape[1:]
   if x_ND.dtype != jnp.bfloat16 or w_gate_up_ED2F.dtype != jnp.bfloat16:
     return f'dtypes {x_ND.dtype} and {w_gate_up_ED2F.dtype}; bfloat16 is supported'
@@ -46,7 +46,7 @@ def unsupported(x_ND, w_gate_up_ED2F) -> str:
   return ''
 
 
-def experts_pallas(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', interpret=False):
+def experts_hopper(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', interpret=False):
   """See `grouped`. `interpret` runs the kernels on CPU, for tests."""
   kernels = Kernels(*(functools.partial(kernel, interpret=interpret) for kernel in (_rows, _transposed, _weights)))
   product = functools.partial(product_by, kernels)

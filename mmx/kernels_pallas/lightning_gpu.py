@@ -47,7 +47,7 @@ MARGIN_BYTES = 2048  # of shared memory, for barriers and alignment
 
 
 def unsupported(q_BTHDh, chunk):
-  """'' or why `lightning_gpu` does not serve this on Hopper."""
+  """'' or why `lightning_hopper` does not serve this on Hopper."""
   T, _, Dh = q_BTHDh.shape[1:]
   if q_BTHDh.dtype != jnp.bfloat16:
     return f'needs bfloat16, got {q_BTHDh.dtype}'
@@ -58,7 +58,7 @@ def unsupported(q_BTHDh, chunk):
   return '' if T >= ROWS else f'needs a length of at least {ROWS}, got {T}'
 
 
-def lightning_gpu(
+def lightning_hopper(
     q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh=None, *, chunk, interpret=False
 ):
   """`reference.lightning` on Hopper: o [B, T, H, Dh] in bfloat16, and the state behind the row, float32.

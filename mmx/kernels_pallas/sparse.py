@@ -78,17 +78,22 @@ def msa_cached_gather(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, sl
 
   Reads the index keys up to the last query's slot, and of the keys and values the chosen blocks only.
   """
+  ids_BTKk = select_blocks(index_q_BTKDi, index_k_BSDi, slots_BT, None, block_size, top_k)
+  return attend_chosen_gather(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size)
+
+
+def attend_chosen_gather(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size):
+  """The attention of `msa_cached_gather` to blocks that were selected elsewhere. Returns [B, T, H, Dh]."""
   B, K, S, Dh = k_BKSDh.shape
   blocks = lambda a: a.reshape(B, K, S // block_size, block_size, Dh)
-  keys = Keys(blocks(k_BKSDh), blocks(v_BKSDh), _blocks(index_k_BSDi, block_size), None)
-  chunk = _chunk_length(q_BTHDh, top_k)
+  keys = Keys(blocks(k_BKSDh), blocks(v_BKSDh), None, None)
+  chunk = _chunk_length(q_BTHDh, ids_BTKk.shape[3])
 
   def attend(queries_ids):
     queries, ids_BcKk = queries_ids
     return _attend(queries, keys, _plan(ids_BcKk, queries, keys))[0]
 
-  ids_BTKk = select_blocks(index_q_BTKDi, index_k_BSDi, slots_BT, None, block_size, top_k)
-  queries = Queries(split(q_BTHDh, chunk), split(index_q_BTKDi, chunk), split(slots_BT, chunk, -1), None)
+  queries = Queries(split(q_BTHDh, chunk), None, split(slots_BT, chunk, -1), None)
   return join(lax.map(attend, (queries, split(ids_BTKk, chunk, -1))), q_BTHDh.shape[1])
 
 

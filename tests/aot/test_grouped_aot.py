@@ -50,7 +50,7 @@ def machine_codes(monkeypatch, tmp_path):
 def test_hopper_kernels_use_the_matrix_units_and_hold_rows_and_no_weights(compile_for_hopper, machine_codes):
   arguments = inputs(256, jnp.bfloat16)
   assert grouped_gpu.unsupported(arguments[0], arguments[3]) == ''
-  compiled = compile_for_hopper(gradient(grouped_gpu.experts_pallas), *arguments)
+  compiled = compile_for_hopper(gradient(grouped_gpu.experts_hopper), *arguments)
   assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 6
   assert compiled.memory_analysis().temp_size_in_bytes < 4.2 * ROWS  # the weights of 256 experts: 36 times ROWS
   kernels = [code for code in machine_codes() if 'wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16' in code]

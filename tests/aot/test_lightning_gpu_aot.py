@@ -16,7 +16,7 @@ def test_lightning_keeps_no_states_and_no_scores(compile_for_hopper, assembled, 
   slopes, segments = jax.ShapeDtypeStruct((H,), jnp.float32), jax.ShapeDtypeStruct((B, T), jnp.int32)
 
   def run(q, k, v, slopes, segments):
-    return lightning_gpu.lightning_gpu(q, k, v, slopes, segments, chunk=chunk)
+    return lightning_gpu.lightning_hopper(q, k, v, slopes, segments, chunk=chunk)
 
   def gradients(*arguments):
     outputs, transpose = jax.vjp(lambda *a: run(*a, *arguments[3:]), *arguments[:3])

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from test_msa_aot import BLOCK, GIB, TOP_K, Dh, Di, H, K, array
 
-from mmx.kernels_pallas.msa_gpu import msa_pallas, unsupported
+from mmx.kernels_pallas.msa_gpu import msa_hopper, unsupported
 
 
 def test_training_holds_nothing_over_the_square_of_the_length(compile_for_hopper, assembled):
   T = 16384
 
   def total(*arguments):
-    out, kl = msa_pallas(*arguments, BLOCK, TOP_K)
+    out, kl = msa_hopper(*arguments, BLOCK, TOP_K)
     return jnp.sum(out.astype(jnp.float32)) + jnp.sum(kl)
 
   q, k, index_q, index_k = array(1, T, H, Dh), array(1, T, K, Dh), array(1, T, K, Di), array(1, T, Di)

@@ -10,18 +10,18 @@ from test_grouped import LOADS, assert_equals_oracle, inputs, values_and_gradien
 
 from mmx.kernels_pallas import grouped_gpu
 
-experts_pallas = functools.partial(grouped_gpu.experts_pallas, interpret=True)
+experts_hopper = functools.partial(grouped_gpu.experts_hopper, interpret=True)
 
 
 @pytest.mark.parametrize('loads, N, k, E', LOADS)
 def test_kernels_equal_oracle_in_values_and_gradients(loads, N, k, E):
-  assert_equals_oracle(experts_pallas, inputs(loads, N, k, E), 1e-5)
+  assert_equals_oracle(experts_hopper, inputs(loads, N, k, E), 1e-5)
 
 
 def test_kernels_equal_oracle_in_bfloat16_and_with_several_tiles_of_each_side():
   arguments = inputs('uneven', 120, 2, 3, D=384, F=256, dtype=jnp.bfloat16)
-  assert_equals_oracle(experts_pallas, arguments, 0.02)
-  y, dx, _, dw_gate_up, dw_down = values_and_gradients(experts_pallas, *arguments)
+  assert_equals_oracle(experts_hopper, arguments, 0.02)
+  y, dx, _, dw_gate_up, dw_down = values_and_gradients(experts_hopper, *arguments)
   assert {array.dtype for array in (y, dx, dw_gate_up, dw_down)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -29,7 +29,7 @@ def test_a_nan_in_a_row_of_no_expert_here_reaches_no_output():
   x, ids, *others = inputs('elsewhere', 140, 2, 4)
   away = np.asarray(ids == 4).all(axis=1)
   assert away.any()
-  for found in values_and_gradients(experts_pallas, jnp.where(away[:, None], jnp.nan, x), ids, *others):
+  for found in values_and_gradients(experts_hopper, jnp.where(away[:, None], jnp.nan, x), ids, *others):
     assert bool(jnp.isfinite(found).all())
 
 
@@ -52,7 +52,7 @@ def test_gradient_of_the_weights_reads_the_rows_of_its_group_alone():
 
 def test_no_rows_at_all_give_zeros():
   x, ids, *others = inputs('uneven', 40, 2, 4)
-  for found in values_and_gradients(experts_pallas, x, jnp.full_like(ids, 4), *others):
+  for found in values_and_gradients(experts_hopper, x, jnp.full_like(ids, 4), *others):
     np.testing.assert_array_equal(found, 0)
 
 

@@ -4,7 +4,6 @@ Queries and keys are small integers: their products and sums are exact, in whate
 """
 
 import functools
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +13,11 @@ from test_index_tpu import inputs as normal_inputs, select_xla
 
 from mmx.kernels_pallas import hopper, index_gpu, reference
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
 DIM = 256  # of which the root, that the XLA form divides by, is a power of two
 SHAPE = 1, 24, 640, 2, 64  # B, T, S, K, Di of most tests, which then share what was compiled
 BLOCK, TOP_K = 64, 6
-
-
-@pytest.fixture(autouse=True, scope='module')
-def compiled_once():
-  """The simulator compiles a kernel again for every thread of every program. Once is enough, and 10 times as fast."""
-  from jax._src.pallas.mosaic.interpret import thread_map
-
-  compiled, lock = {}, threading.Lock()
-
-  def run(jaxpr, consts, *args):
-    with lock:
-      if jaxpr not in compiled:
-        evaluate = lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None
-        compiled[jaxpr] = jax.jit(evaluate).lower(consts, *args).compile()
-    compiled[jaxpr](consts, *args)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(thread_map, '_run_jaxpr', run)
-    yield
 
 
 @pytest.fixture(autouse=True)

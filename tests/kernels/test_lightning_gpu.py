@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_index_gpu import compiled_once  # noqa: F401: a fixture
 from test_lightning_tpu import distance, inputs as inputs_in_float32
 
 from mmx.kernels_pallas import hopper, lightning_gpu, reference
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
 
 EXACT, ROUNDED = 2e-5, 0.01  # a state in bfloat16 is off by 1e-2, values in bfloat16 where they join it by 2e-3
 
@@ -20,7 +21,7 @@ def inputs(*shape):
 
 @functools.partial(jax.jit, static_argnames='chunk')
 def run(q, k, v, slopes, segments, state=None, chunk=64):
-  return lightning_gpu.lightning_gpu(q, k, v, slopes, segments, state, chunk=chunk, interpret=hopper.simulator())
+  return lightning_gpu.lightning_hopper(q, k, v, slopes, segments, state, chunk=chunk, interpret=hopper.simulator())
 
 
 def values_and_gradients(function, q, k, v, slopes, segments, state):
@@ -123,7 +124,7 @@ def test_what_is_supported_lowers_for_hopper_on_a_cpu_host(chunk, Dh):
   assert lightning_gpu.unsupported(q, chunk) == ''
 
   def scalar(q, state):
-    return jnp.sum(lightning_gpu.lightning_gpu(q, k, v, slopes, segments, state, chunk=chunk)[0].astype(jnp.float32))
+    return jnp.sum(lightning_gpu.lightning_hopper(q, k, v, slopes, segments, state, chunk=chunk)[0].astype(jnp.float32))
 
   text = jax.jit(jax.grad(scalar, (0, 1))).trace(q, state).lower(lowering_platforms=('cuda',)).as_text()
   assert text.count('@mosaic_gpu_v2') == 2  # forwards, of o and dq, and backwards, of dk and dv

@@ -7,10 +7,13 @@ import pytest
 from test_msa_tpu import inputs
 
 from mmx.kernels_pallas import hopper, index_gpu, reference, sparse_gpu
-from mmx.kernels_pallas.msa_gpu import msa_pallas, unsupported
+from mmx.kernels_pallas.msa_gpu import msa_cached_hopper, msa_hopper, unsupported
+from mmx.kernels_pallas.sparse import msa_cached_gather
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
-def test_msa_pallas_equals_the_oracle_in_values_and_gradients(monkeypatch):
+def test_msa_hopper_equals_the_oracle_in_values_and_gradients(monkeypatch):
   """Three documents and padding in one row of three blocks, of which each query attends to two."""
   monkeypatch.setattr(sparse_gpu, 'SHARES', 1)
   monkeypatch.setattr(index_gpu, 'CORES', 1)
@@ -27,11 +30,25 @@ def test_msa_pallas_equals_the_oracle_in_values_and_gradients(monkeypatch):
     (_, outs), gradients = jax.jit(jax.value_and_grad(scalar, range(5), has_aux=True))(*floats)
     return *outs, *gradients
 
-  simulated = run(lambda *a: msa_pallas(*a, interpret=hopper.simulator()))
+  simulated = run(lambda *a: msa_hopper(*a, interpret=hopper.simulator()))
   for found, wanted in zip(simulated, run(reference.msa), strict=True):
     assert found.dtype == wanted.dtype
     found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-2 * float(np.abs(wanted).max()))
+
+
+def test_against_a_cache_as_the_xla_form_does(monkeypatch):
+  """Two new tokens of one row, of which the second row has none, each with its blocks of a cache half full."""
+  monkeypatch.setattr(index_gpu, 'CORES', 1)
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+  q, k, v = normal(2, 2, 4, 64), normal(2, 2, 256, 64), normal(2, 2, 256, 64)
+  index_q, index_k = normal(2, 2, 2, 64), normal(2, 256, 64)
+  arguments = q, k, v, index_q, index_k, jnp.array([[140, 141], [-1, -1]], jnp.int32)
+  found = jax.jit(lambda *a: msa_cached_hopper(*a, 64, 2, interpret=hopper.simulator()))(*arguments)
+  wanted = jax.jit(lambda *a: msa_cached_gather(*a, 64, 2))(*arguments)
+  np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
+  assert np.asarray(found[0], np.float32).any() and not np.asarray(found[1], np.float32).any()
 
 
 @pytest.mark.parametrize('block, Di, word', [(32, 64, 'block_size'), (64, 48, 'index dim'), (64, 64, '')])

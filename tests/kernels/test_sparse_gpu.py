@@ -9,6 +9,8 @@ from test_sparse_tpu import assert_close, dense, make, value_and_gradients
 from mmx.kernels_pallas import hopper, sparse_gpu, sparse_pairs
 from mmx.kernels_pallas.sparse_gpu import attend_blocks, unsupported
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
 
 def kernel(*inputs):
   return attend_blocks(*inputs, hopper.simulator())
