@@ -33,9 +33,10 @@ def logits(out):
   return np.asarray(out.hidden @ out.head)
 
 
-@pytest.mark.parametrize(
-    'pattern, key_shift', [*((pattern, 'none') for pattern in PATTERNS), ('sliding lightning/dense msa full', 'learned')]
-)
+@pytest.mark.parametrize('pattern, key_shift', [
+    *((pattern, 'none') for pattern in PATTERNS),
+    pytest.param('sliding lightning/dense msa full', 'learned', marks=pytest.mark.slow),
+])
 def test_decode_equals_prefill_equals_training(pattern, key_shift):
   """Rows of unequal length, cut into chunks with padding behind the shorter one, then token by token."""
   model = model_of(pattern, model__key_shift=key_shift)

@@ -78,9 +78,12 @@ FEW = {
     'model__msa__block_size': 4, 'model__msa__top_k': 2, 'model__msa__index_dim': 8,
 }  # fmt: skip
 MIXED = FEW | {'model__pattern': '(sliding lightning/dense msa)*2'}
+LONG = pytest.mark.slow  # compile for half a minute each
 
 
-@pytest.mark.parametrize('pattern', ['full*4', '(full full/dense)*2', 'full/dense*2 full*2', MIXED['model__pattern']])
+@pytest.mark.parametrize('pattern', [
+    'full*4', '(full full/dense)*2', 'full/dense*2 full*2', pytest.param(MIXED['model__pattern'], marks=LONG),
+])
 def test_scan_equals_unrolled(pattern):
   scanned = tiny.experiment(**FEW | {'model__pattern': pattern})
   unrolled = config.override(scanned, {'model.layer_loop': 'unroll'})
@@ -88,7 +91,9 @@ def test_scan_equals_unrolled(pattern):
   close(gradients(unrolled, tree, batch), gradients(scanned, tree, batch))
 
 
-@pytest.mark.parametrize('remat, pattern', [('full', {}), ('dots', {}), ('mixer', {}), ('full', MIXED)])
+@pytest.mark.parametrize('remat, pattern', [
+    ('full', {}), ('dots', {}), ('mixer', {}), pytest.param('full', MIXED, marks=LONG),
+])
 def test_remat_equals_no_remat(remat, pattern):
   kept = tiny.experiment(**pattern)
   tree, batch = variables(kept.model), tiny.batch()

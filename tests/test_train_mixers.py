@@ -67,6 +67,7 @@ def test_what_cannot_be_started_from_is_told_before_anything_runs(converted, pla
   assert 'has another model: params/' in other
 
 
+@pytest.mark.slow
 def test_every_mixer_trains_through_the_command_on_a_mesh(place, here):  # noqa: F811
   assert here('--workdir=mixers', '--arm=coarse', '--seeds=0', *settings(
       model__pattern='sliding lightning/dense msa full', model__sliding__window=8, model__sliding__sink_tokens=2,
