@@ -159,7 +159,8 @@ def _group(rest) -> int:
 def traffic(computations, times) -> float:
   """Bytes that one run reads from and writes to memory: operands and results of whatever is no mere name for another.
 
-  An upper bound: a fusion may read a part of an operand, and a result may stay in a faster memory.
+  Of an operand that is only sliced, the slices count, also within a fusion; of an array that is updated in place, the
+  update. An upper bound: a result may stay in a faster memory.
   """
   total = 0.0
   for name, factor in times.items():
@@ -167,11 +168,48 @@ def traffic(computations, times) -> float:
     for i in computations[name]:
       if i.opcode in MOVES_NOTHING or i.opcode.endswith('-done') or i.opcode in ('async-start', 'async-update'):
         continue
-      if i.opcode in ('dynamic-slice', 'gather'):
-        moved = 2 * i.bytes
-      elif i.opcode == 'dynamic-update-slice':
-        moved = 2 * size_of.get(i.operands[1], 0)
+      if i.opcode == 'fusion':
+        moved = _fusion_traffic(i, size_of, computations)
       else:
-        moved = i.bytes + sum(size_of.get(operand, 0) for operand in i.operands)
+        moved = _read(i, size_of) + _written(i, size_of)
       total += factor * moved
   return total
+
+
+def _read(i, size_of) -> float:
+  if i.opcode in ('dynamic-slice', 'gather', 'slice'):
+    return i.bytes
+  if i.opcode == 'dynamic-update-slice':
+    return size_of.get(i.operands[1], 0)
+  return sum(size_of.get(operand, 0) for operand in i.operands)
+
+
+def _written(i, size_of) -> float:
+  return size_of.get(i.operands[1], 0) if i.opcode == 'dynamic-update-slice' else i.bytes
+
+
+def _fusion_traffic(fusion, size_of, computations) -> float:
+  """Of each operand what its users inside read; of the result what the last instructions write."""
+  inside = computations.get((re.search(r'calls=%([\w.\-]+)', fusion.rest) or [None, None])[1], [])
+  inner = {i.name: i.bytes for i in inside}
+  users = defaultdict(list)
+  for i in inside:
+    for operand in i.operands:
+      users[operand].append(i)
+
+  def read(parameter):
+    """Of a parameter or another name for it."""
+    parts = 0.0
+    for user in users[parameter.name]:
+      if user.opcode in ('bitcast', 'reshape'):
+        parts += read(user)
+      elif user.opcode in ('dynamic-slice', 'gather', 'slice') and user.operands[0] == parameter.name:
+        parts += user.bytes
+      elif user.opcode != 'dynamic-update-slice' or user.operands[0] != parameter.name:
+        return parameter.bytes
+    return min(parts, parameter.bytes)
+
+  reads = sum(read(i) for i in inside if i.opcode == 'parameter')
+  updates = [i for i in inside if i.opcode == 'dynamic-update-slice' and i.bytes >= 0.5 * fusion.bytes]
+  written = sum(inner.get(i.operands[1], 0) for i in updates) if updates else fusion.bytes
+  return (reads if inside else sum(size_of.get(operand, 0) for operand in fusion.operands)) + written

@@ -48,6 +48,13 @@ def test_traffic_is_operands_and_results_and_grows_with_the_loop():
   assert 3 * size <= (loop(9) - loop(3)) / 6 <= 5.1 * size  # a product, and maybe a copy
 
 
+def test_a_loop_that_reads_one_layer_of_many_moves_that_layer():
+  layers, x = jnp.ones((64, 128, 128)), jnp.ones((128, 128))
+  scanned = hlo.traffic(*read(lambda layers, x: jax.lax.scan(lambda x, w: (jnp.tanh(x * w), None), x, layers)[0],
+                              layers, x))
+  assert 64 * 3 * x.nbytes <= scanned <= 64 * 8 * x.nbytes  # 64 times as much if each layer were all of them
+
+
 @pytest.mark.parametrize('shape, size', [
     ('f32[]', 4), ('bf16[2,3]{1,0:T(8,128)(2,1)}', 12), ('(s32[4]{0}, (pred[8], f8e4m3fn[2,2]))', 28), ('token[]', 0),
 ])
