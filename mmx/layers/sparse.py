@@ -45,7 +45,6 @@ class SparseAttention(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, context: Context, layer_index, cache):
     """x [B, T, D] -> (y [B, T, D], the cache with these tokens, IndexAux in training)."""
-    c = self.model.msa
     q_BTHDh, k_BTKDh, v_BTKDh, keys_x_BTD, kept = attention.project(
         self, self.model, x_BTD, context, cache, self.mesh
     )
