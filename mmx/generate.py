@@ -147,14 +147,17 @@ def programs(model: config.ModelConfig, sampling: Sampling):
   import jax
   import jax.numpy as jnp
 
+  from mmx import sharding
   from mmx.model import Decoder
+
+  decoder = Decoder(model, sharding.build_mesh(config.MeshConfig(num_devices=1)))  # which says what to compile for
 
   def logits_of(hidden_BD, head_DV):
     # The head in float32, as in training: rounding reorders likely tokens (MiniMax-M1 report, section 3.2).
     return jnp.einsum('bd,dv->bv', hidden_BD.astype(jnp.float32), head_DV, precision='float32')
 
   def prefill(variables, cache, tokens_BT, positions_BT, segment_ids_BT, logits_BV):
-    out = Decoder(model).apply(variables, tokens_BT, positions_BT, segment_ids_BT, cache)
+    out = decoder.apply(variables, tokens_BT, positions_BT, segment_ids_BT, cache)
     count_B1 = jnp.sum(segment_ids_BT > 0, axis=1, keepdims=True)
     last_BD = jnp.take_along_axis(out.hidden, jnp.maximum(count_B1 - 1, 0)[..., None], axis=1)[:, 0]
     return jnp.where(count_B1 > 0, logits_of(last_BD, out.head), logits_BV), out.cache
@@ -164,7 +167,7 @@ def programs(model: config.ModelConfig, sampling: Sampling):
 
   def decode(variables, cache, token_B, position_B, key):
     one_B1 = jnp.ones_like(token_B)[:, None]
-    out = Decoder(model).apply(variables, token_B[:, None], position_B[:, None], one_B1, cache)
+    out = decoder.apply(variables, token_B[:, None], position_B[:, None], one_B1, cache)
     return choose(logits_of(out.hidden[:, 0], out.head), key), out.cache
 
   return jax.jit(prefill, donate_argnums=1), jax.jit(choose), jax.jit(decode, donate_argnums=1)

@@ -5,6 +5,7 @@ are two plain dicts: 'params', which the optimizer sees, and 'router' (expert bi
 tree, the cache of generation, is an argument and a result (`init_cache`).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -108,6 +109,10 @@ class Decoder(nn.Module):
 def init_variables(model: ModelConfig, mesh: Mesh | None, rng):
   """Variables with logical axes still attached ({'params': ..., 'router': ...}); trace it, or jit it with shardings."""
   tokens_BT = jnp.zeros((1, 8), jnp.int32)
+  # What is made does not depend on the kernels that will use it, and those that are named may not serve this host.
+  any_form = lambda part: dataclasses.replace(part, implementation='auto')
+  parts = {name: any_form(getattr(model, name)) for name in ('attention', 'sliding', 'lightning', 'msa', 'moe')}
+  model = dataclasses.replace(model, **parts)
   return Decoder(model, None).init(rng, tokens_BT, tokens_BT, tokens_BT)
 
 

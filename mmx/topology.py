@@ -4,9 +4,9 @@ Rates are the vendors' (Cloud TPU's pages of v5e, v5p and v6e; NVIDIA's data she
 to a program that is too large.
 """
 
+import importlib.util
 import math
 import os
-import re
 from typing import NamedTuple
 
 from mmx.config import ConfigError
@@ -65,6 +65,8 @@ def devices_of(name: str):
     ConfigError: unknown topology, or the compiler of its platform is not installed.
   """
   kind, _, _ = parse(name)
+  if not importlib.util.find_spec('jax_cuda13_plugin' if kind == 'h200' else 'libtpu'):
+    raise ConfigError(f"--topology={name}: its compiler is not installed; pip install -e '.[aot]'")
   # No chip and no metadata server is asked, and several processes may compile at a time.
   quiet = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
            'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_MIN_LOG_LEVEL': '3', 'TPU_STDERR_LOG_LEVEL': '3'}
@@ -72,13 +74,7 @@ def devices_of(name: str):
     os.environ.setdefault(variable, value)
   from jax.experimental import topologies
 
-  try:
-    if kind == 'h200':
-      shape = '1x' + name.partition(':')[2]
-      return topologies.get_topology_desc(
-          platform='cuda', topology_name=name, target_config=H200, topology=shape).devices
-    return topologies.get_topology_desc(platform='tpu', topology_name=name).devices
-  except (RuntimeError, ValueError, NotImplementedError) as error:
-    if re.search(r'libtpu|plugin|not found|Unknown|unknown backend|cuda', str(error)):
-      raise ConfigError(f"--topology={name}: no compiler for it here; pip install -e '.[aot]'") from error
-    raise
+  if kind == 'h200':
+    cards = {'target_config': H200, 'topology': '1x' + name.partition(':')[2]}
+    return topologies.get_topology_desc(platform='cuda', topology_name=name, **cards).devices
+  return topologies.get_topology_desc(platform='tpu', topology_name=name).devices

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from one_mixer import randomised
 
-from mmx import config, generate
+from mmx import config, generate, sharding
 from mmx.data import tokenizer
 from mmx.model import Decoder, init_cache, init_variables
 
@@ -125,3 +125,13 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, arguments, said):
   with pytest.raises(SystemExit) as stopped:
     generate.main(arguments)
   assert str(stopped.value).startswith(f'error: {said}') and '\n' not in str(stopped.value)
+
+
+def test_generation_compiles_for_the_device_it_runs_on(monkeypatch):
+  """A decoder without a mesh would take the CPU's forms everywhere."""
+  model, meshes = tiny.experiment(model__pattern='full*2').model, []
+  prefill, *_ = generate.programs.__wrapped__(model, generate.Sampling())
+  tree, ints = variables(model), jnp.zeros((1, 4), jnp.int32)
+  monkeypatch.setattr(sharding, 'platform_of', lambda mesh: meshes.append(mesh) or 'cpu')
+  jax.eval_shape(prefill, tree, init_cache(model, 1, 256), ints, ints, ints + 1, jnp.zeros((1, model.vocab_size)))
+  assert meshes and all(mesh.size == 1 and mesh.devices.flat[0] == jax.devices()[0] for mesh in meshes)

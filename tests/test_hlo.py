@@ -60,3 +60,32 @@ def test_a_loop_that_reads_one_layer_of_many_moves_that_layer():
 ])
 def test_bytes_of_shapes(shape, size):
   assert hlo.bytes_of(shape) == size
+
+
+TPU_PROGRAM = """
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %last = s32[]{:T(128)} constant(62), metadata={op_name="while"}
+  %p = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %last), direction=LT
+}
+
+%body (p.1: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p.1 = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %x = f32[8]{0:T(128)} get-tuple-element(%p.1), index=1
+  %sum = f32[8]{0:T(128)} all-reduce(%x), replica_groups=mesh['a'=4,'b'=2,'c'=8] {'b','c'}, to_apply=%add
+  ROOT %t = (s32[]{:T(128)}, f32[8]{0}) tuple(%i.1, %sum)
+}
+
+ENTRY %main (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %q = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  ROOT %loop = (s32[]{:T(128)}, f32[8]{0}) while(%q), condition=%condition, body=%body
+}
+"""
+
+
+def test_loops_and_groups_are_read_as_the_tpu_compiler_writes_them():
+  computations, entry = hlo.parse(TPU_PROGRAM)
+  (found,) = hlo.collectives(computations, hlo.runs(computations, entry))
+  assert (found.kind, found.group, found.count) == ('all-reduce', 16, 62)
+  assert found.bytes == 62 * 2 * 32 * 15 / 16

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     'model': 'config layers',
     'checkpoint_params': 'config checkpoint sharding model',
     'convert': 'config command gin_syntax data sharding checkpoint model checkpoint_params',
-    'generate': 'config command data model checkpoint checkpoint_params',
+    'generate': 'config command data sharding model checkpoint checkpoint_params',
     'evals': 'config command metrics report distributed sharding data model checkpoint checkpoint_params generate',
     'loss': '',
     'optimizer': 'config',

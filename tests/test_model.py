@@ -205,3 +205,9 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
   exact, _ = gradients(tiny.BASE, tree, batch)
   assert abs(float(loss) - float(exact)) < 0.02 * float(exact)
   assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+def test_parameters_are_made_on_a_host_that_the_named_kernels_do_not_serve():
+  named = tiny.experiment(model__moe__implementation='megablox', model__attention__implementation='splash')
+  shapes = lambda experiment: jax.eval_shape(lambda: init_variables(experiment.model, None, jax.random.key(0)))
+  assert jax.tree.structure(shapes(named)) == jax.tree.structure(shapes(tiny.BASE))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def split(x, chunk, fill=0):
@@ -24,3 +25,10 @@ def product(a, b, axis_a, axis_b, batch_axes=2):
   batch = tuple(range(batch_axes))
   dims = (((axis_a,), (axis_b,)), (batch, batch))
   return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def kernel_product(a, b, axis_a, axis_b):
+  """Of two matrices within a TPU's kernel, in float32. Its matrix unit would round float32 operands if not told."""
+  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  dims = (((axis_a,), (axis_b,)), ((), ()))
+  return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mmx.kernels_pallas.chunks import join, split
+from mmx.kernels_pallas.chunks import join, kernel_product, split
 from mmx.kernels_pallas.sparse import MASKED
 
 KEYS = 1024  # most keys computed at once: 16 rows of scores are 16 vector registers
@@ -114,7 +114,7 @@ def _call(k_pbDh, v_pbDh, interpret, q_NGDh, page_Nk, seen_N):
       ),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'arbitrary'),
-          disable_bounds_checks=True,  # of copies, whose pages all exist: 110 of 929 bundles on v5p
+          disable_bounds_checks=True,  # of copies, whose pages all exist
           vmem_limit_bytes=_buffer_bytes(b, k, Dh, k_pbDh.dtype) + 2**23,
       ),
       cost_estimate=pl.CostEstimate(
@@ -164,14 +164,14 @@ def _kernel(page_ref, seen_ref, q_ref, k_ref, v_ref, out_ref, k_buffer, v_buffer
     """Adds keys i*s to i*s + s; of them the first `seen` are visible, all if None."""
     top, total, out = carry
     k_sDh, v_sDh = (buffer[half, i].reshape(s, Dh) for buffer in (k_buffer, v_buffer))
-    scores = _product(q_ref[0], k_sDh, 1, 1) * scale
+    scores = kernel_product(q_ref[0], k_sDh, 1, 1) * scale
     if seen is not None:
       scores = jnp.where(lax.broadcasted_iota(jnp.int32, (1, s), 1) < seen, scores, MASKED)
       v_sDh = jnp.where(lax.broadcasted_iota(jnp.int32, (s, 1), 0) < seen, v_sDh, jnp.zeros_like(v_sDh))  # may be NaN
     higher = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
     weights, keep = jnp.exp(scores - higher), jnp.exp(top - higher)
     total = total * keep + jnp.sum(weights, axis=1, keepdims=True)
-    return higher, total, out * keep + _product(weights.astype(v_sDh.dtype), v_sDh, 1, 0)
+    return higher, total, out * keep + kernel_product(weights.astype(v_sDh.dtype), v_sDh, 1, 0)
 
   @pl.when(seen_ref[query] > 0)
   def _():
@@ -185,9 +185,3 @@ def _kernel(page_ref, seen_ref, q_ref, k_ref, v_ref, out_ref, k_buffer, v_buffer
   @pl.when(seen_ref[query] == 0)
   def _():
     out_ref[...] = jnp.zeros_like(out_ref)
-
-
-def _product(a, b, axis_a, axis_b):
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  dims = (((axis_a,), (axis_b,)), ((), ()))
-  return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

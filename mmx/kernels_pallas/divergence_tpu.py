@@ -31,13 +31,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas import sparse_pairs
-from mmx.kernels_pallas.chunks import join, split
+from mmx.kernels_pallas.chunks import join, kernel_product, split
 from mmx.kernels_pallas.sparse import MASKED, logsumexp_of_choices
+from mmx.kernels_pallas.sparse_tpu import PARAMS, TILE_ROWS, of_the_page, visible
 
-TILE_ROWS = 512  # most r*G, as in `sparse_tpu`
 LEAST_QUERIES = 2  # of a tile: a product with one row of bfloat16 does not compile
 PARTS = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 3}  # numbers of 8 bits that make up a probability
-PARAMS = pltpu.CompilerParams(dimension_semantics=('arbitrary',), disable_bounds_checks=True)  # as in `sparse_tpu`
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -95,13 +94,7 @@ def _one_chunk(keys, index_k_pbD, scales, interpret, dindex_k, chunk):
   tiles = sparse_pairs.plan(queries, keys, TILE_ROWS, LEAST_QUERIES)
   index_queries = queries._replace(q_BcHD=index_q_BcKD)  # one head for each kv head
   index_q_MrD = sparse_pairs.rows_of(index_q_BcKD, index_queries, tiles)
-  who = sparse_pairs.who(index_queries, tiles)
-
-  # A block's place and its head in one word; slots are counted from the block's first.
-  P, b = keys.k_pbX.shape[0] // B, index_k_pbD.shape[1]
-  row_M, head_M, block_M = tiles.page_M // (P * K), tiles.page_M // P % K, tiles.page_M % P
-  page_M = (row_M * P + block_M) << K.bit_length() | head_M
-  who = who.at[:, 0].add(-block_M[:, None] * b)
+  page_M, who = of_the_page(tiles, keys, sparse_pairs.who(index_queries, tiles), K)
 
   stats = _stats(page_M, keys, index_k_pbD, index_q_MrD, who, tiles.count, K, scales[1], interpret)
   index_logsumexp_N = logsumexp_of_choices(*(stats[:, i].reshape(-1) for i in (0, 1)), tiles)
@@ -112,6 +105,7 @@ def _one_chunk(keys, index_k_pbD, scales, interpret, dindex_k, chunk):
   kl_M1r, dindex_q, dindex_k = _diverge(
       page_M, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dindex_k, tiles.count, K, scales, interpret
   )
+  row_M = tiles.page_M // (keys.k_pbX.shape[0] // B * K)
   row_M = jnp.where(jnp.arange(row_M.size, dtype=jnp.int32) < tiles.count, row_M, B)
   is_of_BM = row_M[None] == jnp.arange(B, dtype=jnp.int32)[:, None]
   kl_B = jnp.sum(jnp.where(is_of_BM, jnp.sum(kl_M1r, axis=(1, 2))[None], 0), axis=1)
@@ -187,22 +181,9 @@ def _specs(K):
 # kernels
 
 
-def _product(a, b, axis_a, axis_b):
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  dims = (((axis_a,), (axis_b,)), ((), ()))
-  return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _visible(who_ref, segment_ref):
-  """Which query of the tile sees which key, [b, r]."""
-  b = segment_ref.shape[2]
-  segment_b1 = jnp.broadcast_to(segment_ref[0], (8, b)).T[:, :1]
-  return (lax.broadcasted_iota(jnp.int32, (b, 1), 0) <= who_ref[0, :1]) & (segment_b1 == who_ref[0, 1:])
-
-
 def _stats_kernel(page_ref, index_q_ref, who_ref, index_k_ref, segment_ref, stats_ref, *, scale):
-  visible_br = _visible(who_ref, segment_ref)
-  scores_br = jnp.where(visible_br, _product(index_k_ref[0], index_q_ref[0], 1, 1) * scale, MASKED)
+  visible_br = visible(who_ref, segment_ref)
+  scores_br = jnp.where(visible_br, kernel_product(index_k_ref[0], index_q_ref[0], 1, 1) * scale, MASKED)
   top_1r = jnp.max(scores_br, axis=0, keepdims=True)
   stats_ref[0, :1] = top_1r
   stats_ref[0, 1:] = jnp.sum(jnp.where(visible_br, jnp.exp(scores_br - top_1r), 0), axis=0, keepdims=True)
@@ -217,23 +198,23 @@ def _diverge_kernel(
   def _():
     dindex_k_ref[...] = before_ref[...]
 
-  visible_br, index_q_rD, index_k_bD = _visible(who_ref, segment_ref), index_q_ref[0], index_k_ref[0]
+  visible_br, index_q_rD, index_k_bD = visible(who_ref, segment_ref), index_q_ref[0], index_k_ref[0]
   teacher_br = _teacher(q_ref[0], k_ref[0], logsumexp_ref[0], scales[0], index_q_rD.shape[0], parts)
   teacher_br = jnp.where(visible_br, teacher_br, 0)
-  scores_br = _product(index_k_bD, index_q_rD, 1, 1) * scales[1]
+  scores_br = kernel_product(index_k_bD, index_q_rD, 1, 1) * scales[1]
   log_student_br = jnp.where(visible_br, scores_br - index_logsumexp_ref[0], 0)
   log_teacher_br = jnp.log(jnp.maximum(teacher_br, jnp.finfo(jnp.float32).tiny))  # where P is 0, its share is 0
   kl_ref[0] = jnp.sum(teacher_br * (log_teacher_br - log_student_br), axis=0, keepdims=True)
   dscores_br = (jnp.where(visible_br, jnp.exp(log_student_br), 0) - teacher_br) * scales[1]
   dscores_br = dscores_br.astype(index_k_bD.dtype)
-  dindex_k_ref[0] += _product(dscores_br, index_q_rD, 1, 0)
-  dindex_q_ref[0] = _product(dscores_br, index_k_bD, 0, 0).astype(dindex_q_ref.dtype)
+  dindex_k_ref[0] += kernel_product(dscores_br, index_q_rD, 1, 0)
+  dindex_q_ref[0] = kernel_product(dscores_br, index_k_bD, 0, 0).astype(dindex_q_ref.dtype)
 
 
 def _teacher(q_RD, k_bD, logsumexp_1R, scale, r, parts):
   """[b, r]: the mean of the heads of each of r queries; no matter what for keys that a query does not see."""
   # Those may score above what it sees, and infinity would reach the tile's other queries.
-  rest_bR = jnp.exp(jnp.minimum(_product(k_bD, q_RD, 1, 1) * scale - logsumexp_1R, 0))
+  rest_bR = jnp.exp(jnp.minimum(kernel_product(k_bD, q_RD, 1, 1) * scale - logsumexp_1R, 0))
   R = q_RD.shape[0]
   G = R // r
   if G == 1:
@@ -244,6 +225,6 @@ def _teacher(q_RD, k_bD, logsumexp_1R, scale, r, parts):
   total_br = jnp.zeros((k_bD.shape[0], r))
   for _ in range(parts):
     part_bR = rest_bR.astype(jnp.bfloat16)
-    total_br += _product(part_bR, is_of_Rr, 1, 0)
+    total_br += kernel_product(part_bR, is_of_Rr, 1, 0)
     rest_bR -= part_bR.astype(jnp.float32)
   return total_br / G

@@ -363,16 +363,13 @@ def _rows_tile(summed, columns, itemsize):
   """(rows, summed, columns) of a tile of y and dx, in 8 MiB of the 16 MiB of VMEM that a kernel has on v5e and v5p.
 
   The whole summed side, so that consecutive tiles of one expert find its weights in VMEM: each weight is read once. 128
-  rows, as the rest of a tile at the end of a group is computed in vain: at M2's shape the compiler's schedule has 3,046
-  bundles for 128 x 3072 x 512 on v5p and 5,677 for 256 rows (v6e: 1,232 and 1,972), while 256 experts of 512 rows each
-  on average take 1,279 such tiles or 767.
+  rows, as the rest of a tile at the end of a group is computed in vain.
   """
   summed = min(summed, 2**14 // itemsize)
   return LANES, summed, _part(columns, max(LANES, min(1024, WEIGHT_TILE // (summed * itemsize))))
 
 
 def _tall_tile(rows, groups):
-  """Rows of a tile of dw. The more, the less often its sums are read and written: at 1024 x 1024 a schedule has 3,840,
-  5,775 and 9,132 bundles for 128, 256 and 512 rows on v5p, 2,466, 2,561 and 3,868 on v6e. Times the tiles that groups
-  of 128 to 1,024 rows take, this choice is within 13% of the best of the three on both, and one table serves."""
+  """Rows of a tile of dw. The more, the less often its sums are read and written, and the more are computed in vain at
+  the ends of groups."""
   return 512 if rows >= 1024 * groups else 256

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mmx.kernels_pallas import hopper, sparse_pairs
 from mmx.kernels_pallas.sparse import MASKED
 
-TILE_ROWS = 128  # most r*G: at M3's heads and 131072 tokens a page has eight queries of a chunk, 16 rows each
+TILE_ROWS = 128  # most r*G: two strips, eight queries of M3's 16 heads
 STRIP = 64  # rows of one warpgroup's product
 SHARES = 132  # multiprocessors of an H100 or H200: each has room for one block of threads
 STAGES = 4  # strips in shared memory: two of each warpgroup, the one at work and the next

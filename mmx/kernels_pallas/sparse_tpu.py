@@ -9,8 +9,7 @@ of lanes, reductions over keys need no exchange between lanes, and the gradients
 What a step of the grid costs beside its products is counted by `scripts/tpu_schedule.py`. Hence a page comes to the
 kernel as its row of blocks and its head in one word, for each window would divide by P and K; copies are not checked
 against bounds that a plan keeps by construction; scores are masked once, far below every maximum, where weights would
-be masked again; and the rows of a tile go through at once. For v5p that is 661 bundles in place of 1023 per 512 rows
-forward, 1151 in place of 1775 backward.
+be masked again; and the rows of a tile go through at once.
 
 Letters as in `sparse_pairs`.
 """
@@ -25,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas import sparse_pairs
+from mmx.kernels_pallas.chunks import kernel_product
 from mmx.kernels_pallas.sparse import MASKED
 
 TILE_ROWS = 512  # most r*G: what a step of the grid costs beside its products is less than they are
@@ -53,7 +53,7 @@ def kernels(interpret=False):
 
 def _forward(tiles, keys, q_MrD, who, K, scale, interpret):
   M, rows, _ = q_MrD.shape
-  page_M, who = _of_the_page(tiles, keys, who, K)
+  page_M, who = of_the_page(tiles, keys, who, K)
   tile, lanes, block, segment = _specs(q_MrD, keys, K)
   return pl.pallas_call(
       functools.partial(_forward_kernel, scale=scale),
@@ -69,7 +69,7 @@ def _forward(tiles, keys, q_MrD, who, K, scale, interpret):
 
 
 def _backward(tiles, keys, q_MrD, dout_MrD, who, stats, dkeys, K, scale, interpret):
-  page_M, who = _of_the_page(tiles, keys, who, K)
+  page_M, who = of_the_page(tiles, keys, who, K)
   tile, lanes, block, segment = _specs(q_MrD, keys, K)
   return pl.pallas_call(
       functools.partial(_backward_kernel, scale=scale),
@@ -85,7 +85,7 @@ def _backward(tiles, keys, q_MrD, dout_MrD, who, stats, dkeys, K, scale, interpr
   )(page_M, q_MrD, dout_MrD, who, stats, keys.k_pbX, keys.v_pbX, keys.segment_p1b, *dkeys)
 
 
-def _of_the_page(tiles, keys, who, K):
+def of_the_page(tiles, keys, who, K):
   """Each tile's row of blocks and head in one word, and `who` with slots counted from the block's first."""
   P, b = keys.k_pbX.shape[0] // keys.last_B.shape[0], keys.k_pbX.shape[1]
   page_M = tiles.page_M
@@ -118,18 +118,16 @@ def _cost(q_MrD, keys, products, tensors):
 # kernels
 
 
-def _product(a, b, axis_a, axis_b):
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  dims = (((axis_a,), (axis_b,)), ((), ()))
-  return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+def visible(who_ref, segment_ref):
+  """Which row of `who` sees which key of the block, [b, rows]."""
+  b = segment_ref.shape[2]
+  segment_b1 = jnp.broadcast_to(segment_ref[0], (8, b)).T[:, :1]
+  return (lax.broadcasted_iota(jnp.int32, (b, 1), 0) <= who_ref[0, :1]) & (segment_b1 == who_ref[0, 1:])
 
 
 def _scores(k_bD, q_rD, who_ref, segment_ref):
   """Unscaled scores [b, rows], MASKED where a query does not see a key."""
-  b = k_bD.shape[0]
-  segment_b1 = jnp.broadcast_to(segment_ref[0], (8, b)).T[:, :1]
-  visible = (lax.broadcasted_iota(jnp.int32, (b, 1), 0) <= who_ref[0, :1]) & (segment_b1 == who_ref[0, 1:])
-  return jnp.where(visible, _product(k_bD, q_rD, 1, 1), MASKED)
+  return jnp.where(visible(who_ref, segment_ref), kernel_product(k_bD, q_rD, 1, 1), MASKED)
 
 
 def _forward_kernel(page_ref, q_ref, who_ref, k_ref, v_ref, segment_ref, out_ref, stats_ref, *, scale):
@@ -139,7 +137,7 @@ def _forward_kernel(page_ref, q_ref, who_ref, k_ref, v_ref, segment_ref, out_ref
   weights = jnp.exp2((scores - top) * (scale * LOG2E))
   stats_ref[0, :1] = top * scale
   stats_ref[0, 1:] = jnp.sum(weights, axis=0, keepdims=True)
-  out_ref[0] = _product(weights.astype(v_bD.dtype), v_bD, 0, 0).astype(out_ref.dtype)
+  out_ref[0] = kernel_product(weights.astype(v_bD.dtype), v_bD, 0, 0).astype(out_ref.dtype)
 
 
 def _backward_kernel(
@@ -155,7 +153,7 @@ def _backward_kernel(
   q_rD, dout_rD, k_bD, v_bD = q_ref[0], dout_ref[0], k_ref[0], v_ref[0]
   logsumexp, delta = stats_ref[0, :1], stats_ref[0, 1:]
   weights = jnp.exp2(_scores(k_bD, q_rD, who_ref, segment_ref) * (scale * LOG2E) - logsumexp * LOG2E)
-  dscores = (weights * (_product(v_bD, dout_rD, 1, 1) - delta) * scale).astype(k_bD.dtype)
-  dk_ref[0] += _product(dscores, q_rD, 1, 0)
-  dv_ref[0] += _product(weights.astype(v_bD.dtype), dout_rD, 1, 0)
-  dq_ref[0] = _product(dscores, k_bD, 0, 0).astype(dq_ref.dtype)
+  dscores = (weights * (kernel_product(v_bD, dout_rD, 1, 1) - delta) * scale).astype(k_bD.dtype)
+  dk_ref[0] += kernel_product(dscores, q_rD, 1, 0)
+  dv_ref[0] += kernel_product(weights.astype(v_bD.dtype), dout_rD, 1, 0)
+  dq_ref[0] = kernel_product(dscores, k_bD, 0, 0).astype(dq_ref.dtype)

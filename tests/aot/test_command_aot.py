@@ -44,6 +44,8 @@ def test_what_does_not_fit_is_refused_with_what_would_help(file):
 
 @pytest.mark.parametrize('more, said', [
     (['--topology=v9:2x2'], "unknown chip 'v9'"), (['--topology=v5e:2x2', '--set=mesh.fsdp=3'], 'mesh'),
+    (['--topology=v5p:4x4x8', '--set=data.batch_size=128', '--set=mesh.expert=1', '--set=mesh.replica=2',
+      '--set=mesh.fsdp=64'], 'cannot be laid on it'),
 ])
 def test_bad_input_ends_in_one_line(file, more, said):
   with pytest.raises(SystemExit) as stopped:

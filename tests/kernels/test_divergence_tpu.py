@@ -131,3 +131,14 @@ def test_scores_are_made_once_for_value_and_gradient_where_remat_lets_them(remat
   step = jax.value_and_grad(total, (2, 3), has_aux=True)
   program = str(jax.make_jaxpr(step)(*arrays, jnp.zeros((B, T, K, H // K))))
   assert program.count('name=msa_divergence') == program.count('name=msa_index_stats') == runs
+
+
+def test_the_mean_of_the_heads_is_as_exact_as_float32():
+  """A sum on the matrix unit, of probabilities in bfloat16 parts."""
+  rng = np.random.default_rng(0)
+  q, k = (jnp.asarray(rng.normal(size=(rows, 32)), jnp.float32) for rows in (24, 16))
+  scores = jnp.einsum('bd,rd->br', k, q, precision='highest')
+  logsumexp = jnp.max(scores, axis=0, keepdims=True)
+  wanted = np.asarray(jnp.exp(scores - logsumexp), np.float64).reshape(16, 6, 4).mean(axis=2)
+  found = divergence_tpu._teacher(q, k, logsumexp, 1.0, 6, divergence_tpu.PARTS[q.dtype])
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1.5e-7)
