@@ -151,7 +151,8 @@ MAY_BE_ZERO = frozenset("""
     model.moe.capacity_factor model.sliding.sink_tokens model.msa.kl_weight model.msa.warmup_steps
     model.mtp.depth model.mtp.weight model.mtp.final_weight data.seed data.num_workers
     optim.warmup_steps optim.decay_steps optim.final_lr_ratio optim.b1 optim.b2 optim.weight_decay optim.clip_norm
-    train.seed train.loss_chunk train.z_loss_weight mesh.num_devices""".split())
+    train.seed train.loss_chunk train.z_loss_weight train.local_checkpoint_every train.spike_deviations
+    train.hang_timeout mesh.num_devices""".split())
 # and these have an end as well (not included).
 BELOW = {'data.heldout_fraction': 1, 'optim.b1': 1, 'optim.b2': 1, 'data.seed': 2**32, 'train.seed': 2**32}
 

@@ -171,6 +171,12 @@ class TrainConfig:
   histogram_every: int = 50  # steps between expert-load histograms
   checkpoint_every: int = 100  # steps between checkpoints; one is always written at the end
   keep_checkpoints: int = 2  # newest ones kept
+  local_checkpoint_every: int = 0  # steps between checkpoints on every host's own disk, the newest kept; 0 is none
+  local_checkpoint_dir: str = '/tmp/mmx'  # of each host
+  spike_deviations: float = 0.0  # a loss or log gradient norm so far above its running mean is a spike; 0 looks for none
+  skip_spikes: bool = False  # a batch that is a spike, or not finite, updates nothing
+  max_skips: int = 10  # batches skipped in a row that end the run
+  hang_timeout: float = 0.0  # seconds without a step after which a process says where it hangs and ends; 0 is never
 
 
 @dataclass(frozen=True)
