@@ -144,7 +144,7 @@ def _unknown(path: str) -> str:
 
 # --- validation -------------------------------------------------------------------------------------------------------
 
-MESH_AXES = ('replica', 'fsdp', 'expert', 'tensor')
+MESH_AXES = ('replica', 'fsdp', 'expert', 'tensor', 'context')
 # A number must be positive, except these, where 0 switches something off or is a seed,
 MAY_BE_ZERO = frozenset("""
     model.attention.rotary_dim model.moe.shared_d_ff model.moe.bias_update_rate model.moe.balance_loss_weight
@@ -169,7 +169,7 @@ def validate(experiment: Experiment, num_devices: int | None = None, num_process
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
-  """Sizes by axis, with -1 replaced by what is left: {'replica': 1, 'fsdp': 8, 'expert': 1, 'tensor': 1}.
+  """Sizes by axis, with -1 replaced by what is left: {'replica': 1, 'fsdp': 8, 'expert': 1, ...}.
 
   Raises:
     ConfigError: the sizes do not multiply to the devices used, or more are asked for than exist.
@@ -260,6 +260,7 @@ def _problems(experiment: Experiment, num_devices: int | None, num_processes: in
   for path in sharded:
     yield from indivisible(path, 'mesh.tensor', mesh['tensor'])
 
+  yield from indivisible('data.seq_len', 'mesh.context', mesh['context'])
   yield from indivisible('data.batch_size', 'train.accumulate', train.accumulate)
   rows = experiment.data.batch_size // train.accumulate
   shards = [mesh[axis] for axis in MESH_AXES[:3]]

@@ -195,6 +195,7 @@ class MeshConfig:
   fsdp: int = -1  # parameters and optimizer state split
   expert: int = 1  # experts split, tokens travel
   tensor: int = 1  # heads and hidden widths split
+  context: int = 1  # tokens of a row split, and with them what every layer holds of it
   num_devices: int = 0  # devices used; 0 is all
 
 

@@ -1,8 +1,9 @@
 """Mesh and placement: one table says where each logical axis lives.
 
-Mesh axes (mmx.config.MeshConfig): replica, fsdp, expert, tensor. Rows of a batch are split over the first three, so
-that expert shards also hold tokens. Axis types are Auto: XLA propagates, `constrain` pins, `jax.shard_map` is used
-where the communication is ours (mmx/layers/moe_transport.py).
+Mesh axes (mmx.config.MeshConfig): replica, fsdp, expert, tensor, context. Rows of a batch are split over the first
+three, so that expert shards also hold tokens, and the tokens of a row over the last. Axis types are Auto: XLA
+propagates, `constrain` pins, `jax.shard_map` is used where the communication is ours (mmx/layers/moe_transport.py,
+mmx/layers/context_parallel.py).
 """
 
 import math
@@ -14,11 +15,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from mmx import config
 
-AXES = ('replica', 'fsdp', 'expert', 'tensor')
+AXES = config.MESH_AXES
 BATCH_AXES = ('replica', 'fsdp', 'expert')
 
 MESH_AXIS_OF = {
     'batch': BATCH_AXES,
+    'length': 'context',
     'vocab': 'tensor',
     'embed': 'fsdp',
     'heads': 'tensor',
@@ -32,9 +34,10 @@ MESH_AXIS_OF = {
     'gate_up': None,
     None: None,
 }
-# Where a matrix is no small one, every chip of a group of experts would hold it again: 48 GB of M2's state and moments.
+# Where a matrix is no small one, every chip of a group of experts, or of one that shares a sequence, would hold it
+# again: 48 GB of M2's state and moments.
 LARGE = 2**20  # elements, all layers together; what is smaller is not worth a gather of its own
-MESH_AXIS_OF_LARGE = MESH_AXIS_OF | {'embed': ('fsdp', 'expert')}
+MESH_AXIS_OF_LARGE = MESH_AXIS_OF | {'embed': ('fsdp', 'expert', 'context')}
 
 
 def build_mesh(mesh: config.MeshConfig, devices=None) -> Mesh:
@@ -86,7 +89,7 @@ def tree_shardings(boxed_abstract, mesh: Mesh):
 
 def batch_spec() -> P:
   """Placement of [B, T] arrays of a batch."""
-  return P(BATCH_AXES, None)
+  return P(BATCH_AXES, 'context')
 
 
 def constrain(x, mesh: Mesh | None, *logical_axes):

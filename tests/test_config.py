@@ -330,9 +330,9 @@ def test_mesh_takes_what_is_left():
   def mesh(*sizes, num_devices=0):
     return config.MeshConfig(*sizes, num_devices=num_devices)
 
-  assert config.resolve_mesh(mesh(1, -1, 2, 2), 16) == {'replica': 1, 'fsdp': 4, 'expert': 2, 'tensor': 2}
+  assert config.resolve_mesh(mesh(1, -1, 2, 2), 16) == {'replica': 1, 'fsdp': 4, 'expert': 2, 'tensor': 2, 'context': 1}
   assert config.resolve_mesh(mesh(1, -1, 2, 1, num_devices=4), 16)['fsdp'] == 2
-  assert config.resolve_mesh(mesh(1, 2, 2, 1), 4) == {'replica': 1, 'fsdp': 2, 'expert': 2, 'tensor': 1}
+  assert config.resolve_mesh(mesh(1, 2, 2, 1), 4) == {'replica': 1, 'fsdp': 2, 'expert': 2, 'tensor': 1, 'context': 1}
   for bad, said in [
       (mesh(1, 8, 8, 1), 'asks for 64 devices: more than the 16 at hand'),
       (mesh(1, 2, 2, 1), 'set mesh.num_devices = 4 or one axis to -1'),
