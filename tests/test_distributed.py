@@ -195,9 +195,9 @@ def test_a_checkpoint_of_two_processes_is_restored_in_one(two_processes):
 def joined(monkeypatch) -> list:
   """Arguments of each call of jax.distributed.initialize, in an environment that knows of no other process."""
   calls = []
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda *arguments: calls.append(arguments))
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *arguments, **timeouts: calls.append(arguments))
   for name in list(os.environ):
-    if name.startswith(('MMX_', 'SLURM_', 'TPU_', 'GCE_')):
+    if name.startswith(('MMX_', 'SLURM_', 'TPU_', 'GCE_', 'MEGASCALE_')):
       monkeypatch.delenv(name)
   return calls
 
@@ -226,6 +226,8 @@ def test_the_environment_and_arguments_name_the_other_processes(joined, monkeypa
 @pytest.mark.parametrize('variables', [
     {'SLURM_PROCID': '1', 'SLURM_STEP_NUM_TASKS': '2'},
     {'TPU_WORKER_HOSTNAMES': 't-0,t-1'},
+    {'TPU_PROCESS_ADDRESSES': 't-0:8471,t-1:8471', 'TPU_WORKER_HOSTNAMES': 't-0'},
+    {'MEGASCALE_NUM_SLICES': '2', 'TPU_WORKER_HOSTNAMES': 't-0'},
 ])
 def test_clusters_that_jax_knows_are_left_to_it(joined, monkeypatch, variables):
   for name, value in variables.items():
@@ -238,6 +240,7 @@ def test_clusters_that_jax_knows_are_left_to_it(joined, monkeypatch, variables):
     ((None, 2, None), 'MMX_COORDINATOR and MMX_PROCESS_ID must be set too, with MMX_NUM_PROCESSES=2'),
     (('host:1', 2, None), 'MMX_PROCESS_ID must be set too, with MMX_COORDINATOR=host:1, MMX_NUM_PROCESSES=2'),
     (('host:1', 2, 2), 'MMX_PROCESS_ID must be at least 0 and below MMX_NUM_PROCESSES=2, found 2'),
+    (('host', 2, 0), "MMX_COORDINATOR must be host:port of process 0, found 'host'"),
     (('host:1', 'two', 0), "must be whole numbers: invalid literal for int() with base 10: 'two'"),
 ])
 def test_half_a_cluster_is_refused(joined, arguments, message):

@@ -1,0 +1,218 @@
+"""A watch over each process of a run: who is alive, where a hang stands, and an end to waiting for the dead.
+
+A collective waits for every process and for ever, so one process that stalls or dies stops all others where they are.
+
+  with Watch(folder, jax.process_index(), timeout=600) as watch:
+    for step in ...:
+      watch.beat(step)
+
+  folder/heartbeat.<index>.json   time, step, pid and host of a process, written every PULSE_S by a thread; it is
+                                  removed at an orderly end, and after an exception says which one
+  folder/stacks.<index>.txt       where all threads of a process stood when it was ended for a hang
+
+A process is ended with exit code ENDED and one line on stderr, after which the same command continues the run,
+  - when `timeout` seconds have passed since its last beat;
+  - when it fails because another process is gone (its heartbeat has not changed for GONE_S);
+  - when another process has failed and this one has not within GONE_S: its next collective would never return.
+It is ended hard, as each orderly way out waits for the process that is gone. Whoever does not notice by itself, as in a
+collective of a TPU slice, is told of the silence by a line and ended by jax (distributed.HEARTBEAT_TIMEOUT_S).
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from typing import NoReturn
+
+from etils import epath
+
+ENDED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the run itself
+PULSE_S = 5
+GONE_S = 20  # a thread of a living process is late by seconds, not by four pulses
+WRITE_S = 10  # for the stacks: the folder may be what hangs, and they go to stderr then
+
+
+class Watch:
+  """Watches this process while the block runs.
+
+  folder: of the run, shared by its processes, on a disk or gs://.
+  index: of this process.
+  timeout: seconds from one beat to the next; 0 only keeps heartbeats. It must be longer than the longest pause between
+    steps: an evaluation with its compilation, or a checkpoint that waits for the one before. It counts from the first
+    beat on: how long compiling and restoring take before that, nobody can say.
+  """
+
+  def __init__(self, folder: str | os.PathLike, index: int, timeout: float):
+    self.folder = epath.Path(folder)
+    self.index = index
+    self.timeout = timeout
+    self._beat: tuple[int, float] | None = None  # step, and when
+    self._over = threading.Event()
+    self._peers: dict[str, Peer] = {}
+    self._threads = []
+
+  def beat(self, step: int) -> None:
+    """The loop is alive and at this step. Costs an assignment."""
+    self._beat = step, time.monotonic()
+
+  def __enter__(self) -> 'Watch':
+    self._look()
+    # Two threads, as storage that hangs must not keep the other from its judgement.
+    for target in (self._pulse, self._judge) if self.timeout else (self._pulse,):
+      thread = threading.Thread(target=target, name=f'watch{target.__name__}', daemon=True)
+      thread.start()
+      self._threads.append(thread)
+    return self
+
+  def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
+    self._over.set()
+    for thread in self._threads:
+      thread.join(WRITE_S)
+    if isinstance(error, Exception):
+      reason = _first_line(error)
+      self._write(failed=reason)
+      if lost := self._lost():
+        _end(f'{lost.phrase()}, noticed by {reason}')
+    else:
+      with contextlib.suppress(Exception):
+        self._path().unlink(missing_ok=True)
+
+  # The threads.
+
+  def _pulse(self) -> None:
+    """Writes this process's heartbeat and reads the others'."""
+    told = set()
+    while True:
+      self._write()
+      self._look()
+      for name, peer in self._peers.items():
+        if peer.failed and peer.silence() > GONE_S:
+          _end(f'{peer.phrase()}, and nothing goes on without it')
+        if peer.met and not peer.failed and peer.silence() > GONE_S and name not in told:
+          told.add(name)
+          print(f'watch: {peer.phrase()}', file=sys.stderr, flush=True)
+      if self._over.wait(PULSE_S):
+        return
+
+  def _judge(self) -> None:
+    """Ends the process when the loop has been silent for too long."""
+    while not self._over.wait(min(1, self.timeout / 4)):
+      if self._beat is None:
+        continue
+      step, when = self._beat
+      silence = time.monotonic() - when
+      if silence > self.timeout:
+        where = self._dump()
+        silent = [peer.phrase() for peer in list(self._peers.values()) if peer.met and peer.silence() > GONE_S]
+        _end(f'process {self.index} on {socket.gethostname()} hangs: {silence:.0f} s since step {step} began; '
+             f'its stacks are in {where}; ' + ('; '.join(silent) or 'no other heartbeat is old'))
+
+  # Heartbeats.
+
+  def _path(self) -> epath.Path:
+    return self.folder / f'heartbeat.{self.index}.json'
+
+  def _write(self, **more: str) -> None:
+    step = self._beat[0] if self._beat else None
+    heartbeat = {'time': time.time(), 'step': step, 'pid': os.getpid(), 'host': socket.gethostname(), **more}
+    with contextlib.suppress(Exception):  # the storage's bad minute is not the run's end
+      _write_whole(self._path(), json.dumps(heartbeat))
+
+  def _look(self) -> None:
+    """Notes what has changed among the heartbeats of the others. Those of an earlier job never do, and are never met."""
+    with contextlib.suppress(Exception):
+      found = {path.name: path.read_text() for path in self.folder.glob('heartbeat.*.json') if path != self._path()}
+      for name in self._peers.keys() - found.keys():
+        del self._peers[name]  # an orderly end
+      for name, text in found.items():
+        if name not in self._peers:
+          self._peers[name] = Peer(int(name.split('.')[1]), text)
+        elif text != self._peers[name].text:
+          self._peers[name] = Peer(self._peers[name].index, text, met=True)
+
+  def _lost(self) -> 'Peer | None':
+    """A process that this one knew and that is gone; None as soon as all others are seen to have failed or ended too,
+    or if they are all alive."""
+    until = time.monotonic() + GONE_S + 2 * PULSE_S
+    while time.monotonic() < until:
+      self._look()
+      running = [peer for peer in self._peers.values() if peer.met and not peer.failed]
+      if gone := [peer for peer in running if peer.silence() > GONE_S]:
+        return gone[0]
+      if not running:
+        return None
+      time.sleep(PULSE_S / 10)
+    return None
+
+  def _dump(self) -> str:
+    """Writes where all threads stand; says where to."""
+    with tempfile.TemporaryFile('w+') as file:
+      faulthandler.dump_traceback(file, all_threads=True)
+      file.seek(0)
+      stacks = file.read()
+    path = self.folder / f'stacks.{self.index}.txt'
+    writer = threading.Thread(target=_write_whole, args=(path, stacks), daemon=True)
+    writer.start()
+    writer.join(WRITE_S)
+    if not writer.is_alive() and path.exists():
+      return str(path)
+    print(stacks, file=sys.stderr)
+    return 'the lines above'
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+  """The last heartbeat of another process. Its age is by this host's own clock, as hosts' clocks differ."""
+
+  index: int
+  text: str
+  met: bool = False  # it has changed since this process began: it is of the same job
+  since: float = dataclasses.field(default_factory=time.monotonic)
+
+  @property
+  def heartbeat(self) -> dict:
+    return json.loads(self.text)
+
+  @property
+  def failed(self) -> str:
+    """What ended it, '' while it runs."""
+    return self.heartbeat.get('failed', '') if self.met else ''
+
+  def silence(self) -> float:
+    """Seconds since the heartbeat was seen to change."""
+    return time.monotonic() - self.since
+
+  def phrase(self) -> str:
+    who = f'process {self.index} (pid {self.heartbeat["pid"]} on {self.heartbeat["host"]})'
+    step = self.heartbeat['step']
+    where = f'at step {step}' if step is not None else 'before its first step'
+    if self.failed:
+      return f'{who} failed {where}: {self.failed}'
+    return f'{who} is gone: no heartbeat for {self.silence():.0f} s, the last one {where}'
+
+
+def _end(line: str) -> NoReturn:
+  sys.stdout.flush()
+  print(f'error: {line}; the same command continues from the last checkpoint', file=sys.stderr, flush=True)
+  os._exit(ENDED)
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return f'{type(error).__name__}: {lines[0][:200]}' if lines else type(error).__name__
+
+
+def _write_whole(path: epath.Path, text: str) -> None:
+  """Readers find the old text or the new one; an object store does that by itself."""
+  if '://' in os.fspath(path):
+    path.write_text(text)
+  else:
+    partial = path.with_name(f'{path.name}.partial')
+    partial.write_text(text)
+    partial.replace(path)
