@@ -6,60 +6,100 @@ where a checkpointed chunk makes them again in the backward pass, four. Logits o
 head and chunk (3072 x 200,064, 4096 tokens) there are, beside the gradients, the head in bfloat16 (1172 MiB), a chunk's
 logits in float32 (3126 MiB) and, on Hopper, their gradient in bfloat16 (1563 MiB), which TPUs make within the products.
 
+On a mesh every shard of the batch works on its own tokens: the head is gathered once, in the dtype of the products, and
+the shards' gradients of it are added up once, behind the last chunk. Left to the partitioner, both happen in each chunk.
+
 Letters: B rows, T tokens, C tokens of a row in one chunk, D model, V vocabulary.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mmx import sharding
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def cross_entropy(hidden_BTD, head_DV, targets_BT, mask_BT, chunk=0, z_loss_weight=0.0):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def cross_entropy(hidden_BTD, head_DV, targets_BT, mask_BT, chunk=0, z_loss_weight=0.0, mesh=None):
   """Summed cross-entropy of next-token prediction over masked positions, in nats, float32.
 
   Args:
     hidden_BTD: in the dtype of the products. Chunks' parts of the head's gradient are added up in float32.
     head_DV: cast to hidden's dtype once.
-    chunk: tokens whose logits are held at a time (V = 200,064: 0.8 MB a token in float32); 0 is all at once.
+    chunk: tokens, of all shards together, whose logits are held at a time (V = 200,064: 0.8 MB a token in float32); 0
+      is all at once.
     z_loss_weight: weight of the sum of logsumexp^2 in `loss`.
+    mesh: `jax.sharding.Mesh` that the batch is laid on; None is one device.
 
   Returns:
     (loss, nll, correct): sums over mask_BT of the loss with its z-loss, of -log p, and of correct argmaxes. Only `loss`
     has a gradient.
   """
-  head = head_DV.astype(hidden_BTD.dtype)
 
-  def body(sums, piece):
-    return tuple(map(jnp.add, sums, _chunk(head, *piece, z_loss_weight)[0])), None
+  def sums(hidden_BTD, head_DV, targets_BT, mask_BT, chunk):
+    def body(sums, piece):
+      return tuple(map(jnp.add, sums, _chunk(head_DV, *piece, z_loss_weight)[0])), None
 
-  return jax.lax.scan(body, (jnp.zeros(()),) * 3, _split(chunk, hidden_BTD, targets_BT, mask_BT))[0]
+    return jax.lax.scan(body, (jnp.zeros(()),) * 3, _split(chunk, hidden_BTD, targets_BT, mask_BT))[0], (), ()
+
+  return _on_shards(sums, mesh, chunk, hidden_BTD, head_DV, targets_BT, mask_BT)[0]
 
 
-def _forward(hidden_BTD, head_DV, targets_BT, mask_BT, chunk, z_loss_weight):
-  T = hidden_BTD.shape[1]
-  head = head_DV.astype(hidden_BTD.dtype)
+def _forward(hidden_BTD, head_DV, targets_BT, mask_BT, chunk, z_loss_weight, mesh):
+  def sums_and_gradients(hidden_BTD, head_DV, targets_BT, mask_BT, chunk):
+    T = hidden_BTD.shape[1]
 
-  def body(carry, piece):
-    sums, dhead_DV = carry
-    parts, dlogits_BCV = _chunk(head, *piece, z_loss_weight)
-    # In hidden's dtype until it is added: what the shards of a batch add up between them is half as long in bfloat16.
-    dhead_DV += jnp.einsum('bcd,bcv->dv', piece[0], dlogits_BCV)
-    return (tuple(map(jnp.add, sums, parts)), dhead_DV), jnp.einsum('bcv,dv->bcd', dlogits_BCV, head)
+    def body(carry, piece):
+      sums, dhead_DV = carry
+      parts, dlogits_BCV = _chunk(head_DV, *piece, z_loss_weight)
+      dhead_DV += jnp.einsum('bcd,bcv->dv', piece[0], dlogits_BCV, preferred_element_type=jnp.float32)
+      return (tuple(map(jnp.add, sums, parts)), dhead_DV), jnp.einsum('bcv,dv->bcd', dlogits_BCV, head_DV)
 
-  start = (jnp.zeros(()),) * 3, jnp.zeros(head_DV.shape, jnp.float32)
-  (sums, dhead_DV), pieces = jax.lax.scan(body, start, _split(chunk, hidden_BTD, targets_BT, mask_BT))
-  dhidden_BTD = jnp.moveaxis(pieces, 0, 1).reshape(hidden_BTD.shape[0], -1, hidden_BTD.shape[2])[:, :T]
+    start = (jnp.zeros(()),) * 3, jnp.zeros(head_DV.shape, jnp.float32)
+    (sums, dhead_DV), pieces = jax.lax.scan(body, start, _split(chunk, hidden_BTD, targets_BT, mask_BT))
+    return sums, jnp.moveaxis(pieces, 0, 1).reshape(hidden_BTD.shape[0], -1, hidden_BTD.shape[2])[:, :T], dhead_DV
+
+  sums, dhidden_BTD, dhead_DV = _on_shards(
+      sums_and_gradients, mesh, chunk, hidden_BTD, head_DV, targets_BT, mask_BT
+  )
   return sums, (dhidden_BTD, dhead_DV.astype(head_DV.dtype))
 
 
-def _backward(chunk, z_loss_weight, gradients, cotangents):
+def _backward(chunk, z_loss_weight, mesh, gradients, cotangents):
   scaled = lambda gradient: (gradient * cotangents[0]).astype(gradient.dtype)
   return *map(scaled, gradients), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def _on_shards(function, mesh, chunk, hidden_BTD, head_DV, targets_BT, mask_BT):
+  """function(hidden, head, targets, mask, chunk) -> (sums, dhidden_BTD, dhead_DV) on each shard's tokens, the first and
+  the last added up. The vocabulary's axis is left to the partitioner."""
+  head_DV = head_DV.astype(hidden_BTD.dtype)
+  tokens = sharding.batch_spec()
+  named = jax.tree.leaves(tuple(tokens))
+  axes = () if mesh is None else tuple(axis for axis in named if mesh.shape[axis] > 1)
+  if not axes:
+    return function(hidden_BTD, head_DV, targets_BT, mask_BT, chunk)
+  shards, D = math.prod(mesh.shape[axis] for axis in axes), head_DV.shape[0]
+  split = D % shards == 0  # else, in tiny models, each shard gets the whole sum
+
+  def add(dhead_DV):
+    return jax.lax.psum_scatter(dhead_DV, axes, tiled=True) if split else jax.lax.psum(dhead_DV, axes)
+
+  def on_shard(*arrays):
+    sums, dhidden_BTD, dhead_DV = function(*arrays, -(-chunk // shards))
+    return jax.lax.psum(sums, axes), dhidden_BTD, jax.tree.map(add, dhead_DV)
+
+  out_specs = P(), tokens, P(axes if split else None)
+  return jax.shard_map(
+      on_shard, mesh=mesh, in_specs=(tokens, P(), tokens, tokens), out_specs=out_specs, axis_names=set(named),
+      check_vma=False,
+  )(hidden_BTD, head_DV, targets_BT, mask_BT)
 
 
 def _split(chunk, *arrays):

@@ -79,7 +79,7 @@ def loss_terms(
   out = Decoder(m, mesh).apply(variables, *inputs, warmup=warmup)
   chunk, mask = experiment.train.loss_chunk, batch['loss_mask']
   z_loss_weight = experiment.train.z_loss_weight
-  total, nll, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, chunk, z_loss_weight)
+  total, nll, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, chunk, z_loss_weight, mesh)
   total /= token_count
   metrics = {'loss': nll / token_count, 'accuracy': correct / token_count}
 
@@ -88,7 +88,7 @@ def loss_terms(
     targets = shift_left(batch['targets'], i + 1)
     same = shift_left(batch['segment_ids'], i + 1) == batch['segment_ids']
     mtp_mask = shift_left(mask, i + 1) * same
-    mtp_loss, mtp_nll, _ = loss.cross_entropy(hidden, out.head, targets, mtp_mask, chunk)
+    mtp_loss, mtp_nll, _ = loss.cross_entropy(hidden, out.head, targets, mtp_mask, chunk, mesh=mesh)
     metrics[f'mtp_loss_{i + 1}'] = mtp_nll / token_count
     total += mtp_weight / len(out.mtp) * mtp_loss / token_count
 
@@ -208,7 +208,8 @@ def make_eval_step(experiment: Experiment, mesh: Mesh) -> Callable:
     variables = {'params': params, 'router': router}
     out = Decoder(experiment.model, mesh).apply(variables, batch['tokens'], batch['positions'], batch['segment_ids'])
     mask = batch['loss_mask']
-    _, nll, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, experiment.train.loss_chunk)
+    chunk = experiment.train.loss_chunk
+    _, nll, correct = loss.cross_entropy(out.hidden, out.head, batch['targets'], mask, chunk, mesh=mesh)
     return nll, correct, jnp.sum(mask)
 
   return eval_step

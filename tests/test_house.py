@@ -45,7 +45,7 @@ MAY_IMPORT = {
     'convert': 'config command gin_syntax data sharding checkpoint model checkpoint_params',
     'generate': 'config command data sharding model checkpoint checkpoint_params',
     'evals': 'config command metrics report distributed sharding data model checkpoint checkpoint_params generate',
-    'loss': '',
+    'loss': 'sharding',
     'optimizer': 'config',
     'train_step': 'config sharding layers model loss optimizer',
     'hlo': '',

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mmx import loss
+from mmx import config, hlo, loss, sharding
 
 V = 50
 
@@ -70,10 +70,25 @@ def test_in_bfloat16_many_chunks_round_the_gradients_no_more_than_one():
     assert float(jnp.linalg.norm(dhead - expected[1][1]) / jnp.linalg.norm(expected[1][1])) < 0.004
 
 
-def test_shards_of_the_batch_give_the_same():
-  arguments = inputs(B=8)
-  mesh = Mesh(np.array(jax.devices()), ('fsdp',))
-  rows, whole = NamedSharding(mesh, PartitionSpec('fsdp')), NamedSharding(mesh, PartitionSpec())
-  placed = jax.device_put(arguments, (rows, whole, rows, rows))
-  chunked = functools.partial(loss.cross_entropy, chunk=16)
+@pytest.mark.parametrize('D', [16, 12])  # the head's gradient is scattered over its rows where they divide
+@pytest.mark.parametrize('shape', [{'fsdp': 8}, {'replica': 2, 'expert': 2, 'tensor': 2}])
+def test_shards_of_the_batch_give_the_same(shape, D):
+  arguments = inputs(B=8, D=D)
+  mesh = sharding.build_mesh(config.MeshConfig(**{'fsdp': 1} | shape))
+  rows, head = NamedSharding(mesh, sharding.batch_spec()), NamedSharding(mesh, PartitionSpec(None, 'tensor'))
+  placed = jax.device_put(arguments, (rows, head, rows, rows))
+  chunked = functools.partial(loss.cross_entropy, chunk=16, mesh=mesh)
   assert_close(values_and_gradients(chunked, *placed), values_and_gradients(plain, *arguments), 1e-5)
+  assert_close(jax.jit(chunked)(*placed), plain(*arguments), 1e-5)  # without gradient
+
+
+def test_the_head_is_gathered_once_and_its_gradient_added_up_once_however_many_chunks():
+  mesh = sharding.build_mesh(config.MeshConfig(fsdp=8))
+  rows, head = NamedSharding(mesh, sharding.batch_spec()), NamedSharding(mesh, PartitionSpec('fsdp'))
+  placed = jax.device_put(inputs(B=8, T=32), (rows, head, rows, rows))
+  function = lambda hidden, head: loss.cross_entropy(hidden, head, *placed[2:], chunk=32, mesh=mesh)[0]
+  compiled = jax.jit(jax.grad(function, (0, 1)), out_shardings=(rows, head)).lower(*placed[:2]).compile()
+  computations, entry = hlo.parse(compiled.as_text())
+  found = hlo.collectives(computations, hlo.runs(computations, entry))
+  large = {c.kind: c.count for c in found if c.bytes > 16 * V}
+  assert large == {'all-gather': 1, 'reduce-scatter': 1}

@@ -91,8 +91,11 @@ def attend_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT):
   return _attention.attention_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT)
 
 
-def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementation, platform, activation='swiglu'):
+def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementation, platform, activation='swiglu',
+            most=0):
   """Weighted sum of the chosen experts' outputs; see `reference.experts`. Runs on one shard's rows.
+
+  most: assignments that can be here (ids below E) at most, where that is known to be less than all; 0 is all.
 
   Raises:
     UnsupportedError: a named implementation does not support the platform.
@@ -109,15 +112,17 @@ def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementat
   ]
   arguments = x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation
   if implementation == 'hopper':
-    return _hopper('experts', platform, lambda gpu: gpu.unsupported(x_ND, w_gate_up_ED2F)).experts_hopper(*arguments)
+    gpu = _hopper('experts', platform, lambda gpu: gpu.unsupported(x_ND, w_gate_up_ED2F))
+    return gpu.experts_hopper(*arguments, most)
   name = _choose('experts', table, implementation, platform)
+  if name == 'reference':
+    return reference.experts(*arguments)
   function = {
       'megablox': _grouped.experts_megablox,
       'loop': _grouped.experts_loop,
       'blocks': _grouped.experts_blocks,
-      'reference': reference.experts,
   }[name]
-  return function(*arguments)
+  return function(*arguments, most)
 
 
 def sliding(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, window, sink_tokens, implementation, platform,

@@ -2,18 +2,20 @@
 
 All forms share one signature and mean the same as `reference.experts`:
 
-  experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation) -> y_ND
+  experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most=0) -> y_ND
 
-Assignments (token, expert) are sorted by expert into R = N*k rows; `group_sizes_E` are the true counts. An id equal to
-E means 'not here': its rows sort last, behind every group, cost nothing and add zero. Dispatch and combine are gathers
-in both directions (the inverse permutation is at hand), since a scatter-add of rows is slow on CPU and TPU.
+Assignments (token, expert) are sorted by expert into R rows; `group_sizes_E` are the true counts. An id equal to E means
+'not here': its rows sort last, behind every group, cost nothing and add zero. R is N*k, or `most` where the caller knows
+that no more are here: what stands between the products (gathers, activation) passes over R rows, whatever is in them.
+Rows behind the groups hold anything, and whoever sums a token's rows leaves them out. Dispatch and combine are gathers in
+both directions (the inverse permutation is at hand), since a scatter-add of rows is slow on CPU and TPU.
 
   loop      CPU. Loops over experts and blocks of their rows, with trip counts known at run time: work follows
             the true loads and weights are read once. `lax.ragged_dot` multiplies every row by every expert on CPU (32
             times the work at E=32); a batched product over blocks copies [blocks, D, 2F] of weights.
   blocks    Any platform, for shapes that kernels refuse. Groups padded to blocks of 256 rows, one batched product with
             gathered weights.
-  megablox  TPU. The Pallas grouped product of jax with true group sizes; rows behind the last group are masked.
+  megablox  TPU. The Pallas grouped product of jax with true group sizes.
   hopper    GPUs of that generation, in `grouped_gpu`: the same by kernels of ours.
 
 Letters: N tokens, k experts per token, R rows, E experts, D model, F expert hidden, b block rows.
@@ -39,12 +41,12 @@ class Sorted(NamedTuple):
 
   token_R: jax.Array  # int32, the token of each row
   source_R: jax.Array  # int32, the flat assignment (token * k + choice) of each row
-  slot_Nk: jax.Array  # int32, the row of each assignment
+  slot_Nk: jax.Array  # int32, the row of each assignment that is here, some row for the others
   group_sizes_E: jax.Array  # int32
 
 
-def sort_by_expert(ids_Nk, num_experts) -> Sorted:
-  """Stable counting order of the N*k assignments; ids in [0, E], E last."""
+def sort_by_expert(ids_Nk, num_experts, most=0) -> Sorted:
+  """Stable counting order of the N*k assignments, ids in [0, E], E last; of these the first `most` unless that is 0."""
   N, k = ids_Nk.shape
   flat_R = ids_Nk.reshape(-1)
   R = flat_R.shape[0]
@@ -54,6 +56,8 @@ def sort_by_expert(ids_Nk, num_experts) -> Sorted:
     source_R = jnp.argsort(flat_R, stable=True).astype(jnp.int32)
   slot_R = jnp.zeros(R, jnp.int32).at[source_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
   sizes = jnp.zeros(num_experts, jnp.int32).at[flat_R].add(1, mode='drop')
+  if most and most < R:
+    source_R, slot_R = source_R[:most], jnp.minimum(slot_R, most - 1)
   return Sorted(source_R // k, source_R, slot_R.reshape(N, k), sizes)
 
 
@@ -78,10 +82,14 @@ def schedule(group_sizes_E, rows, block) -> Blocks:
   return Blocks(expert, row, (start_E + group_sizes_E)[expert], last_E[-1])
 
 
-def combine(y_RD, slot_Nk, weights_Nk):
-  """[N, D]: each token's weighted sum over its k rows, one gather per choice, so that [N, k, D] is never held."""
-  parts = (weights_Nk[:, j, None].astype(y_RD.dtype) * y_RD[slot_Nk[:, j]] for j in range(slot_Nk.shape[1]))
-  return functools.reduce(jnp.add, parts)
+def combine(y_RD, slot_Nk, weights_Nk, here_Nk):
+  """[N, D]: each token's weighted sum over those of its k rows that are here, whatever the others hold; one gather per
+  choice, so that [N, k, D] is never held."""
+
+  def part(slot_N, weight_N, here_N):
+    return jnp.where(here_N[:, None], weight_N[:, None].astype(y_RD.dtype) * y_RD[slot_N], 0)
+
+  return functools.reduce(jnp.add, map(part, slot_Nk.T, weights_Nk.T, here_Nk.T))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,11 +113,11 @@ def _put(array, update, row):
   return lax.dynamic_update_slice_in_dim(array, update, row, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def experts_loop(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu'):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def experts_loop(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0):
   """See the module docstring. Keeps nothing of the rows: the backward pass makes gate and up again, which takes less
   than writing and reading them ([R, 2F]: 0.7 times the time of a layer with its gradient at D=128)."""
-  return _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation)[0]
+  return _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most)[0]
 
 
 def _loop_block(rows, num_experts):
@@ -148,11 +156,11 @@ def _over_blocks(group_sizes_E, block, expert_body, start):
   return lax.fori_loop(0, group_sizes_E.shape[0], one_expert, start)
 
 
-def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation):
+def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most):
   E, F, D = w_down_EFD.shape
-  rows = sort_by_expert(ids_Nk, E)
-  weights_Nk = jnp.where(ids_Nk < E, weights_Nk, 0)
-  block = _loop_block(ids_Nk.size, E)
+  rows, here_Nk = sort_by_expert(ids_Nk, E, most), ids_Nk < E
+  R = rows.token_R.shape[0]
+  block = _loop_block(R, E)
   token = jnp.pad(rows.token_R, (0, block))
 
   def expert_body(expert, blocks, y):
@@ -166,12 +174,14 @@ def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activati
 
     return blocks(step, y)
 
-  y_RD = _over_blocks(rows.group_sizes_E, block, expert_body, jnp.zeros((ids_Nk.size + block, D), x_ND.dtype))
-  return combine(y_RD, rows.slot_Nk, weights_Nk), (x_ND, weights_Nk, rows, w_gate_up_ED2F, w_down_EFD)
+  y_RD = _over_blocks(rows.group_sizes_E, block, expert_body, jnp.zeros((R + block, D), x_ND.dtype))
+  y_ND = combine(y_RD, rows.slot_Nk, weights_Nk, here_Nk)
+  return y_ND, (x_ND, weights_Nk, here_Nk, rows, w_gate_up_ED2F, w_down_EFD)
 
 
-def _loop_backward(activation, residuals, dout_ND):
-  x_ND, weights_Nk, rows, w_gate_up_ED2F, w_down_EFD = residuals
+def _loop_backward(activation, most, residuals, dout_ND):
+  del most
+  x_ND, weights_Nk, here_Nk, rows, w_gate_up_ED2F, w_down_EFD = residuals
   E, F, D = w_down_EFD.shape
   R = rows.token_R.shape[0]
   block = _loop_block(R, E)
@@ -212,9 +222,8 @@ def _loop_backward(activation, residuals, dout_ND):
       jnp.zeros_like(w_down_EFD),
   )
   dx_RD, dweight_R, dw_gate_up, dw_down = _over_blocks(rows.group_sizes_E, block, expert_body, start)
-  here_Nk = rows.slot_Nk < jnp.sum(rows.group_sizes_E)
   dweights_Nk = jnp.where(here_Nk, dweight_R[rows.slot_Nk], 0).astype(weights_Nk.dtype)
-  return combine(dx_RD, rows.slot_Nk, here_Nk), None, dweights_Nk, dw_gate_up, dw_down
+  return combine(dx_RD, rows.slot_Nk, here_Nk, here_Nk), None, dweights_Nk, dw_gate_up, dw_down
 
 
 experts_loop.defvjp(_loop_forward, _loop_backward)
@@ -236,38 +245,39 @@ def _dispatch_forward(x_ND, token_R, slot_Nk, here_Nk):
 
 def _dispatch_backward(residuals, dx_RD):
   slot_Nk, here_Nk = residuals
-  return combine(dx_RD, slot_Nk, here_Nk), None, None, None
+  return combine(dx_RD, slot_Nk, here_Nk, here_Nk), None, None, None
 
 
 _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def _combine(y_RD, weights_Nk, rows):
-  return combine(y_RD, rows.slot_Nk, weights_Nk)
+def _combine(y_RD, weights_Nk, rows, here_Nk):
+  return combine(y_RD, rows.slot_Nk, weights_Nk, here_Nk)
 
 
-def _combine_forward(y_RD, weights_Nk, rows):
-  return combine(y_RD, rows.slot_Nk, weights_Nk), (y_RD, weights_Nk, rows)
+def _combine_forward(y_RD, weights_Nk, rows, here_Nk):
+  return combine(y_RD, rows.slot_Nk, weights_Nk, here_Nk), (y_RD, weights_Nk, rows, here_Nk)
 
 
 def _combine_backward(residuals, dout_ND):
-  y_RD, weights_Nk, rows = residuals
-  dout_RD = dout_ND[rows.token_R]
-  weight_R = weights_Nk.reshape(-1)[rows.source_R].astype(dout_RD.dtype)
+  y_RD, weights_Nk, rows, here_Nk = residuals
+  weight_R = jnp.where(here_Nk, weights_Nk, 0).reshape(-1)[rows.source_R].astype(dout_ND.dtype)
   dot = lambda slot_N: jnp.sum((dout_ND * y_RD[slot_N]).astype(jnp.float32), axis=-1)
   dweights = jnp.stack([dot(rows.slot_Nk[:, j]) for j in range(weights_Nk.shape[1])], axis=1)
-  return dout_RD * weight_R[:, None], dweights.astype(weights_Nk.dtype), None
+  return dout_ND[rows.token_R] * weight_R[:, None], jnp.where(here_Nk, dweights, 0).astype(weights_Nk.dtype), None, None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
 
 
-def experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, grouped_product, multiple=1):
+def experts_sorted(
+    x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, grouped_product, multiple=1
+):
   """Dispatch, two grouped products [R, D] -> [R, 2F] -> [R, D], combine. Rows behind the groups fill R up to a multiple
   of `multiple`."""
   E, F, D = w_down_EFD.shape
-  rows = sort_by_expert(ids_Nk, E)
+  rows = sort_by_expert(ids_Nk, E, most)
   fill = lambda index_R: jnp.pad(index_R, (0, -index_R.shape[0] % multiple))
   rows = rows._replace(token_R=fill(rows.token_R), source_R=fill(rows.source_R))
   here_Nk = ids_Nk < E
@@ -275,27 +285,21 @@ def experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activat
   h_R2F = grouped_product(x_RD, w_gate_up_ED2F.reshape(E, D, 2 * F), rows.group_sizes_E)
   act_RF = ACTIVATIONS[activation](h_R2F[:, :F], h_R2F[:, F:])
   y_RD = grouped_product(act_RF, w_down_EFD, rows.group_sizes_E)
-  return _combine(y_RD, jnp.where(here_Nk, weights_Nk, 0), rows)
+  return _combine(y_RD, weights_Nk, rows, here_Nk)
 
 
 class Kernels(NamedTuple):
-  """A grouped product and its gradients; they may leave garbage in rows behind the groups and must not read it."""
+  """A grouped product and its gradients; they may leave anything in rows behind the groups and must not read it."""
 
   rows: Callable  # (x_RA, w_EAC, group_sizes_E) -> y_RC
   transposed: Callable  # (dy_RC, w_EAC, group_sizes_E) -> dx_RA
   weights: Callable  # (x_RA, dy_RC, group_sizes_E) -> dw_EAC, zeros for an empty group
 
 
-def _zero_behind(y_RC, group_sizes_E):
-  """A token's sum weighs its rows behind the groups by 0, and 0 * NaN is NaN."""
-  row_R1 = jnp.arange(y_RC.shape[0], dtype=jnp.int32)[:, None]
-  return jnp.where(row_R1 < jnp.sum(group_sizes_E), y_RC, 0)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product_by(kernels, x_RA, w_EAC, group_sizes_E):
-  """x_RA w_EAC of each row's expert, [R, C], through Pallas kernels; rows behind the groups are 0."""
-  return _zero_behind(kernels.rows(x_RA, w_EAC, group_sizes_E), group_sizes_E)
+  """x_RA w_EAC of each row's expert, [R, C], through Pallas kernels; rows behind the groups hold anything."""
+  return kernels.rows(x_RA, w_EAC, group_sizes_E)
 
 
 def _product_forward(kernels, x_RA, w_EAC, group_sizes_E):
@@ -304,8 +308,7 @@ def _product_forward(kernels, x_RA, w_EAC, group_sizes_E):
 
 def _product_backward(kernels, residuals, dy_RC):
   x_RA, w_EAC, group_sizes_E = residuals
-  dx_RA = _zero_behind(kernels.transposed(dy_RC, w_EAC, group_sizes_E), group_sizes_E)
-  return dx_RA, kernels.weights(x_RA, dy_RC, group_sizes_E), None
+  return kernels.transposed(dy_RC, w_EAC, group_sizes_E), kernels.weights(x_RA, dy_RC, group_sizes_E), None
 
 
 product_by.defvjp(_product_forward, _product_backward)
@@ -330,16 +333,18 @@ def _block_product(x_RA, w_EAC, group_sizes_E):
   return jnp.where(inside_R[:, None], y_RC, 0)
 
 
-def experts_blocks(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu'):
+def experts_blocks(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0):
   """See the module docstring."""
-  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, _block_product)
+  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, _block_product)
 
 
-def experts_megablox(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', interpret=False):
+def experts_megablox(
+    x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0, interpret=False
+):
   """See the module docstring: the Pallas TPU grouped products of jax. `interpret` runs them on CPU, for tests."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-  tall = _tall_tile(ids_Nk.size, w_down_EFD.shape[0])
+  tall = _tall_tile(min(ids_Nk.size, most or ids_Nk.size), w_down_EFD.shape[0])
 
   def rows(x_RA, w_EAC, group_sizes_E, transposed=False):
     tile = _rows_tile(x_RA.shape[1], w_EAC.shape[1 if transposed else 2], x_RA.dtype.itemsize)
@@ -351,7 +356,7 @@ def experts_megablox(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activ
     return tgmm(x_RA.T, dy_RC, group_sizes_E, x_RA.dtype, tile, interpret=interpret)
 
   product = functools.partial(product_by, Kernels(rows, functools.partial(rows, transposed=True), weights))
-  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, product, tall)
+  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, product, tall)
 
 
 def _part(side, most):

@@ -46,11 +46,11 @@ def unsupported(x_ND, w_gate_up_ED2F) -> str:
   return ''
 
 
-def experts_hopper(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', interpret=False):
+def experts_hopper(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0, interpret=False):
   """See `grouped`. `interpret` runs the kernels on CPU, for tests."""
   kernels = Kernels(*(functools.partial(kernel, interpret=interpret) for kernel in (_rows, _transposed, _weights)))
   product = functools.partial(product_by, kernels)
-  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, product)
+  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, product)
 
 
 def _rows(x_RA, w_EAC, group_sizes_E, interpret):

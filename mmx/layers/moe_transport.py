@@ -8,9 +8,10 @@ shard holds N tokens with the ids of their k distinct experts and the weights of
 
 with the matrices of this shard's experts only, and knows nothing of what an expert computes: that is
 
-  local_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD) -> y_ND
+  local_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most=) -> y_ND
 
-whose ids count this shard's experts from 0, and where an id equal to their number means 'not here' and adds nothing.
+whose ids count this shard's experts from 0, and where an id equal to their number means 'not here' and adds nothing;
+at most `most` ids are another.
 
   ring     gathers every shard's tokens, keeps what its own experts add, and reduce-scatters. Most bytes on the wire, no
            bookkeeping; best for few shards or many experts per token.
@@ -146,18 +147,20 @@ def localise(ids_Qk, weights_Qk, first_expert, num_local):
 
 def stay(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, num_experts, capacity_factor, local_experts):
   """No exchange: every expert is here. What all transports must equal."""
-  ids_Nk, dropped, _ = limit(ids_Nk, num_experts, capacity_factor)
-  return local_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD), dropped
+  ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
+  most = num_experts * capacity
+  return local_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most=most), dropped
 
 
 def ring(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, num_experts, capacity_factor,
          local_experts):
   """All tokens to all shards, and the sum of what each shard adds back to the token's own."""
-  ids_Nk, dropped, _ = limit(ids_Nk, num_experts, capacity_factor)
+  ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
   x_QD, ids_Qk, weights_Qk = (jax.lax.all_gather(a, axis_name, tiled=True) for a in (x_ND, ids_Nk, weights_Nk))
   num_local = w_gate_up_ED2F.shape[0]
   ids_Qk, weights_Qk = localise(ids_Qk, weights_Qk, jax.lax.axis_index(axis_name) * num_local, num_local)
-  y_QD = local_experts(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD)
+  most = num_experts * capacity
+  y_QD = local_experts(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD, most=most)
   return jax.lax.psum_scatter(y_QD, axis_name, tiled=True), dropped
 
 
@@ -180,7 +183,7 @@ def padded(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, n
   weights_Qk = exchange(spread(weights_Nk, token_Q, row_Nv))
   ids_Qk = exchange(jnp.take(ids_Nk, token_Q, axis=0, mode='fill', fill_value=num_experts))
   ids_Qk, weights_Qk = localise(ids_Qk, weights_Qk, jax.lax.axis_index(axis_name) * num_local, num_local)
-  y_QD = local_experts(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD)
+  y_QD = local_experts(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD, most=num_experts * capacity)
   return collect(exchange(y_QD), token_Q, row_Nv), dropped
 
 
@@ -214,7 +217,7 @@ def ragged(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, n
   ids_Qk = jnp.take(ids_Nk, token_Q, axis=0, mode='clip')
   ids_Qk = send(ids_Qk, jnp.full((arrivals, k), num_experts, jnp.int32), *there)
   ids_Qk, weights_Qk = localise(ids_Qk, weights_Qk, me * num_local, num_local)
-  y_QD = local_experts(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD)
+  y_QD = local_experts(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD, most=num_experts * capacity)
   return collect(travel(send, token_Q.size, arrivals, y_QD, back, there), token_Q, row_Nv), dropped
 
 

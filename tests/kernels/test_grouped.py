@@ -101,6 +101,15 @@ def test_a_nan_in_a_row_of_no_expert_here_reaches_no_output():
     assert bool(jnp.isfinite(found).all())
 
 
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('spare', [0, 7])
+def test_rows_for_no_more_than_are_here_give_the_same(form, spare):
+  arguments = inputs('elsewhere', 201, 4, 6)
+  here = int(np.sum(np.asarray(arguments[1]) < 6))
+  assert here + spare < arguments[1].size
+  assert_equals_oracle(functools.partial(FORMS[form], most=here + spare), arguments, 1e-5)
+
+
 def test_no_assignment_here_is_exactly_zero():
   x, ids, weights, w_gate_up, w_down = inputs('uneven', 40, 2, 4)
   for form in FORMS.values():

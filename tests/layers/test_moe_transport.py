@@ -32,7 +32,7 @@ def build_mesh(replica=1, fsdp=1, expert=1, tensor=1):
                        devices=jax.devices()[:math.prod(shape)])
 
 
-def dense_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
+def dense_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most=0):
   """Every expert on every token; an id past the last expert finds none."""
   here_NkE = jax.nn.one_hot(ids_Nk, w_down_EFD.shape[0], dtype=jnp.bool_)
   weights_NE = jnp.where(here_NkE, weights_Nk[:, :, None], 0).sum(axis=1)
@@ -149,6 +149,23 @@ def test_transports_carry_the_grouped_product(mesh, transport):
 
 
 @pytest.mark.parametrize('transport', TRANSPORTS)
+def test_under_a_capacity_no_more_rows_than_fit_are_kept_for_the_experts_and_none_is_lost(transport):
+  args, dy = draw(k=3, load='one_shard')
+  kept = []
+
+  def bounded(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most):
+    kept.append((most, ids_Nk.size))
+    return grouped.experts_loop(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, 'swiglu', most)
+
+  capacity_factor, mesh = 0.5, MESHES['fsdp2_expert4']
+  got = parallel(mesh, transport, capacity_factor, local_experts=bounded)(args, dy)
+  want = parallel(mesh, transport, capacity_factor)(args, dy)
+  assert_close(got, want, 1e-5)
+  assert got[1] == want[1] > 0
+  assert all(most == E * math.ceil(capacity_factor * B * T // 8 * 3 / E) < rows for most, rows in kept)
+
+
+@pytest.mark.parametrize('transport', TRANSPORTS)
 def test_moe_layer_on_a_mesh_equals_the_layer_on_one_device(transport):
   config = MoEConfig(num_experts=E, top_k=3, d_ff=F, transport=transport)
   (x_BTD, *_), dy_BTD = draw(k=3)
@@ -260,7 +277,7 @@ def test_each_token_visits_each_shard_once(num_shards, k):
 
 @pytest.mark.parametrize('transport', TRANSPORTS)
 def test_empty_rows_cost_the_experts_nothing(transport):
-  def count(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD):
+  def count(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most):
     return jnp.full(x_ND.shape, (ids_Nk < w_down_EFD.shape[0]).sum(), x_ND.dtype)
 
   args, _ = draw(k=3, load='half_empty')
