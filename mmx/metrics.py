@@ -7,6 +7,8 @@ touches the device except `LateMetrics` and `memory_stats`, which import jax whe
 import collections
 import contextlib
 import json
+import logging
+import math
 import os
 import pathlib
 import re
@@ -14,17 +16,23 @@ import resource
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
+from etils import epath
 
 GIB = 2.0**30  # bytes
+UPLOAD_S = 60  # seconds between two copies of a growing file to object storage, which takes only whole ones
 
 
 class RunWriter:
   """TensorBoard event file and `metrics.jsonl` of one run; each call is on disk when it returns.
+
+  With a `logdir` such as gs://bucket/run it is on a disk of this machine then, and there within UPLOAD_S, or after
+  `flush` and `close`.
 
   Written with the `tensorboard` package alone. `start_step` is the step of the checkpoint that the run continues from:
   what an earlier attempt wrote after it is cut from `metrics.jsonl` (in one atomic replace) and masked in TensorBoard
@@ -40,14 +48,14 @@ class RunWriter:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     self._event_pb2, self._summary_pb2 = event_pb2, summary_pb2
-    self.logdir = pathlib.Path(logdir)
+    self.logdir = epath.Path(logdir)
     self.logdir.mkdir(parents=True, exist_ok=True)
-    self._rows_path = self.logdir / 'metrics.jsonl'
-    _truncate_rows(self._rows_path, start_step)
+    _truncate_rows(self.logdir / 'metrics.jsonl', start_step)
+    self._rows = _GrowingFile(self.logdir / 'metrics.jsonl')
     # TensorBoard reads the files of a folder in the order of their names: nanoseconds put this attempt after the last.
     name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}'
-    self._file = open(self.logdir / name, 'wb')
-    self._records = RecordWriter(self._file)
+    self._events = _GrowingFile(self.logdir / name)
+    self._records = RecordWriter(self._events)
     self._write(file_version='brain.Event:2')
     log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # events of this step and later are superseded
     self._write(step=start_step + 1 if start_step else 0, session_log=log)
@@ -57,8 +65,8 @@ class RunWriter:
     values = {tag: float(value) for tag, value in values.items()}
     points = [self._summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
     self._write(step=step, summary=self._summary_pb2.Summary(value=points))
-    with open(self._rows_path, 'a') as rows:
-      rows.write(json.dumps({'step': int(step), 'time': round(time.time(), 3), **values}) + '\n')
+    self._rows.write(json.dumps({'step': int(step), 'time': round(time.time(), 3), **values}).encode() + b'\n')
+    self._rows.flush()
 
   def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
     """The distribution of `values` (any shape; what is not finite is left out) in 30 buckets."""
@@ -119,11 +127,13 @@ class RunWriter:
     self.close()
 
   def flush(self) -> None:
-    """Wait until the events are on the medium, for a machine about to be taken away."""
-    os.fsync(self._file.fileno())
+    """Wait until all is on the medium, for a machine about to be taken away."""
+    self._events.sync()
+    self._rows.sync()
 
   def close(self) -> None:
-    self._records.close()
+    self._events.close()
+    self._rows.close()
 
   def _hparams_event(self, tag: str, **content: Any) -> None:
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2  # its `summary` would import tensorflow
@@ -137,7 +147,81 @@ class RunWriter:
     self._records.flush()
 
 
-def _truncate_rows(path: pathlib.Path, last_step: int) -> None:
+class _GrowingFile:
+  """Appends bytes to a file, which is there from the first of them on.
+
+  Object storage cannot append: there the file grows on a disk here, and whole copies of it go there.
+  """
+
+  def __init__(self, path: epath.Path):
+    self._path, self._file = path, None
+    self._remote = '://' in os.fspath(path)
+    self._uploaded, self._changed = -math.inf, False  # seconds of the monotonic clock; whether there is more since
+
+  def write(self, content: bytes) -> None:
+    if self._file is None and self._remote:
+      self._file = tempfile.TemporaryFile()
+      if self._path.exists():
+        self._file.write(self._path.read_bytes())
+    elif self._file is None:
+      self._file = open(self._path, 'ab')
+    self._file.write(content)
+    self._changed = True
+
+  def flush(self) -> None:
+    """After a crash of this process all is there; of this machine too, where the file is on a disk that survives it."""
+    if self._file is None:
+      return
+    self._file.flush()
+    if self._remote and time.monotonic() - self._uploaded > UPLOAD_S:
+      try:
+        self._upload()
+      except Exception as error:  # the storage's bad minute; the next copy has it all
+        logging.getLogger(__name__).warning('%s is written later: %s', self._path, error)
+
+  def sync(self) -> None:
+    """All is on the medium, or an error says why not."""
+    if self._file is None:
+      return
+    self._file.flush()
+    if self._remote:
+      self._upload()
+    else:
+      os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    if self._file is None or self._file.closed:
+      return
+    self._file.flush()
+    if self._remote:
+      self._upload()
+    self._file.close()
+
+  def _upload(self) -> None:
+    if not self._changed:
+      return
+    self._uploaded = time.monotonic()
+    self._file.seek(0)
+    self._path.write_bytes(self._file.read())
+    self._changed = False
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+  """Whoever reads, writes at the same time, or comes after a crash finds one content or another, whole."""
+  path = epath.Path(path)
+  content = content.encode() if isinstance(content, str) else content
+  if '://' in os.fspath(path):
+    path.write_bytes(content)  # an object appears when it is whole
+    return
+  partial = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.partial')
+  try:
+    partial.write_bytes(content)
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def _truncate_rows(path: epath.Path, last_step: int) -> None:
   """Keep the rows of steps 1 … last_step, or none for 0; a line cut short by a killed process goes too."""
   if not path.exists():
     return
@@ -146,9 +230,7 @@ def _truncate_rows(path: pathlib.Path, last_step: int) -> None:
     with contextlib.suppress(json.JSONDecodeError):
       if last_step and json.loads(line)['step'] <= last_step:
         kept.append(line + '\n')
-  partial = path.with_suffix('.partial')
-  partial.write_text(''.join(kept))
-  os.replace(partial, path)
+  write_whole(path, ''.join(kept))
 
 
 def _relative_load(load_LE: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import pathlib
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from etils import epath
 from scipy.special import stdtrit  # inverse of Student's t distribution; scipy.stats would take a second to import
 
-from mmx.metrics import RunWriter, short_number
+from mmx.metrics import RunWriter, short_number, write_whole
 
 CONFIDENCE = 0.95
 COLUMNS = 96  # of a terminal
@@ -172,13 +172,13 @@ def load_results(root: str | os.PathLike, arms: Sequence[str] | None = None) -> 
   """Every `<root>/<arm>/seed<k>/result.json`, arm by arm and seed by seed.
 
   Args:
-    root: folder of an experiment.
+    root: folder of an experiment, on a disk or such as gs://bucket/folder.
     arms: which arms, if finished, and in which order; all, in natural order (e32 before e128), if left out.
 
   Raises:
     ReportError: nothing has finished, or a file is not a result.
   """
-  root = pathlib.Path(root)
+  root = epath.Path(root)
   results = [_read_result(path) for path in root.glob('*/seed*/result.json')]
   order = list(arms or sorted({result.arm for result in results}, key=_natural))
   results = sorted((r for r in results if r.arm in order), key=lambda r: (order.index(r.arm), r.seed))
@@ -188,7 +188,7 @@ def load_results(root: str | os.PathLike, arms: Sequence[str] | None = None) -> 
   return results
 
 
-def _read_result(path: pathlib.Path) -> Result:
+def _read_result(path: epath.Path) -> Result:
   try:
     values = json.loads(path.read_text())
     return Result(arm=str(values['arm']), seed=int(values['seed']), values=values)
@@ -476,15 +476,17 @@ def write(
 ) -> Summary:
   """Compare what has finished under `root`: summary.md, summary.json, loss_curves.png, TensorBoard run `summary`.
 
+  Several may do so at once, as the jobs of a sweep when they end: each file is that of one of them, whole.
+
   Raises:
     ReportError: as `load_results` and `summarize`.
   """
-  root = pathlib.Path(root)
+  root = epath.Path(root)
   results = load_results(root, arms)
   summary, png = summarize(results, metric, published, docs), figure(results)
-  (root / 'summary.md').write_text(summary.to_markdown() + '\n![loss curves](loss_curves.png)\n')
-  (root / 'summary.json').write_text(summary.to_json())
-  (root / 'loss_curves.png').write_bytes(png)
+  write_whole(root / 'summary.md', summary.to_markdown() + '\n![loss curves](loss_curves.png)\n')
+  write_whole(root / 'summary.json', summary.to_json())
+  write_whole(root / 'loss_curves.png', png)
   writer = RunWriter(root / 'summary')
   writer.text('comparison', summary.to_markdown())
   writer.image(0, 'loss_curves', png)
