@@ -3,29 +3,26 @@
   python -m mmx.train --config=experiments/moe_ablation.py
   python -m mmx.train --config=experiments/moe_ablation.py --arm=e128_top8 --scale=h200 --set train.steps=500
 
-A run lives in <workdir>/<arm>/seed<k>: config.gin, run.json, TensorBoard events, metrics.jsonl, checkpoints, and at the
-end result.json. The same command continues what was stopped and skips what is finished; the table, the figure and
-their TensorBoard run are rewritten in <workdir> whenever a run ends.
+A run lives in <workdir>/<arm>/seed<k>: config.gin, run.json, TensorBoard events, metrics.jsonl, goodput.json,
+checkpoints, and at the end result.json. The same command continues what was stopped and skips what is finished; the
+table, the figure and their TensorBoard run are rewritten in <workdir> whenever a run ends. A workdir may be gs://.
 """
 
 import contextlib
-import ctypes
-import dataclasses
 import functools
 import json
 import math
-import mmap
 import os
-import pathlib
-import subprocess
 import sys
 import time
-from importlib import metadata
+from typing import Any, Callable, NamedTuple
 
 from absl import app, flags, logging
+from etils import epath
 
-from mmx import config
+from mmx import config, goodput, host, profiler
 from mmx.command import errors_in_one_line, stop
+from mmx.run import Run, absolute, provenance, write_whole
 
 CONFIG = flags.DEFINE_string('config', None, 'Experiment: a .py file with get_config, or a .gin file.')
 ARM = flags.DEFINE_list('arm', None, 'Arms to run, by name; all if left out.')
@@ -34,6 +31,7 @@ SEEDS = flags.DEFINE_list('seeds', None, 'Seeds to run; those of the experiment 
 SET = flags.DEFINE_multi_string('set', [], 'Override one field, e.g. --set train.steps=500. Repeatable.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the runs; runs/<experiment>_<scale> if left out.')
 PRINT_CONFIG = flags.DEFINE_bool('print_config', False, 'Print each arm and its difference from the defaults; exit.')
+PROFILE = flags.DEFINE_string('profile', None, 'Steps to trace for TensorBoard: 20:25 is 20 to 24; so does SIGUSR1.')
 RESUME = flags.DEFINE_bool('resume', True, 'Continue what the workdir holds; --noresume refuses to.')
 
 
@@ -72,15 +70,16 @@ def run_experiment():
     seeds = list(dict.fromkeys(int(seed) for seed in SEEDS.value or experiment_file.seeds))
   except ValueError:
     raise config.ConfigError(f'--seeds: expected whole numbers, found {",".join(SEEDS.value)}') from None
-  workdir = pathlib.Path(WORKDIR.value or f'runs/{experiment_file.name}_{SCALE.value}')
+  workdir = epath.Path(WORKDIR.value or f'runs/{experiment_file.name}_{SCALE.value}')
+  traced = profiler.parse_window(PROFILE.value)
 
-  use_every_core()
+  host.use_every_core()
   import jax  # after the flags, so that a mistake in them is told at once
 
   from mmx import distributed, flops, report
   from mmx.evals import report as evals_report
 
-  cache_compilations()
+  host.cache_compilations()
   distributed.initialize()
   pairs = [(name, seed) for seed in seeds for name in arms]
   differs = arms_differ_in(arms)
@@ -89,9 +88,9 @@ def run_experiment():
       for index, (name, seed) in enumerate(pairs, start=1)
   ]
   for run in runs:
-    config.validate(run.experiment, jax.device_count(), jax.process_count())
+    config.validate(run.experiment, jax.device_count())
     run.check_origin(experiment_file.arms, ahead=runs[: run.index - 1])
-    if '[' in (path := str(run.folder.absolute())):  # Orbax would save, but not find the arrays again
+    if '[' in (path := os.fspath(absolute(run.folder))):  # Orbax would save, but not find the arrays again
       raise config.ConfigError(f'{path}: a run cannot have [ in its path, which Orbax reads as a pattern')
   flops.assert_comparable({name: arm.model for name, arm in arms.items()}, experiment_file.tolerance)
   say(f'{experiment_file.name} at scale {SCALE.value}: {len(arms)} arm(s) x {len(seeds)} seed(s) -> {workdir}')
@@ -106,16 +105,17 @@ def run_experiment():
     summary = report.write(workdir, experiment_file.metric, experiment_file.published, experiment_file.doc, list(arms))
     return f'{summary.to_terminal()}\n{evals_report.append(workdir, list(arms))}'
 
-  waiting = [run for run in runs if not run.finished()]  # every folder is looked at before one is written to
+  waiting = [run for run in runs if not run.finished(RESUME.value)]  # all folders are looked at before one is written
   programs = {}
-  with distributed.Preemption() as preemption:
+  tracer = profiler.Profiler(traced if distributed.is_primary() else range(0))
+  with distributed.Preemption() as preemption, tracer:
     for run in waiting:
       if preemption.agreed():
         return say(f'stopped by {preemption.signal_name or "another process"} before {run.arm}/seed{run.seed}; '
                    'the same command continues')
       if run.arm not in programs:
         programs[run.arm] = Programs(arms[run.arm])
-      if not train(run, programs[run.arm], experiment_file.arms, preemption):
+      if not train(run, programs[run.arm], experiment_file.arms, preemption, tracer):
         return
       if distributed.is_primary():
         summary = write_summary()
@@ -138,49 +138,6 @@ def arms_differ_in(arms):
   return sorted({path for other in others for path, _, _ in config.diff(first, other)})
 
 
-def use_every_core():
-  """On CPU: a device per core, so that experts and rows are split over cores, and memory that is kept between steps.
-
-  XLA runs a loop over experts on one thread; two devices of one core each took 0.75 of the time of one device of two.
-  Leaves the devices alone where XLA_FLAGS or JAX_NUM_CPU_DEVICES speak of them already.
-  """
-  if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-    keep_memory(libc)
-  import jax
-
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  chosen = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
-  if not chosen and jax.config.jax_num_cpu_devices < 1:
-    jax.config.update('jax_num_cpu_devices', min(8, 1 << cores.bit_length() - 1))  # a power of two divides experts
-
-
-def keep_memory(libc):
-  """Has glibc keep what a step frees for the next, in huge pages.
-
-  XLA allocates a step's temporaries anew each time, and glibc would return them to the system: 68,000 page faults, 0.1 s
-  a step. Where the system gives huge pages on request only, the heap is grown once and asked for in them, as nothing
-  else tells glibc to: 0.68 to 0.92 of the time of a step of the arms of `experiments/moe_ablation.py`.
-  """
-  ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD, TOP_PAD = -8, -4, -1, -2  # malloc.h
-  for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 2**24)):
-    libc.mallopt(parameter, value)
-  MADV_HUGEPAGE, size, page = 14, 3 * 2**29, mmap.PAGESIZE  # 1.5 GiB of addresses, not of memory, until touched
-  libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-  if heap := libc.malloc(size):
-    start = -(-heap // page) * page
-    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size - page), MADV_HUGEPAGE)
-    libc.free(heap)
-
-
-def cache_compilations():
-  """Keeps compiled programs between runs in ~/.cache/mmx, or where JAX_COMPILATION_CACHE_DIR says."""
-  import jax
-
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/mmx/compiled'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-
-
 def say(line):
   import jax
 
@@ -190,60 +147,6 @@ def say(line):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # one run
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """One arm at one seed, which decides initial parameters and data order; the arms of a seed share the latter."""
-
-  arm: str
-  seed: int
-  base: config.Experiment
-  folder: pathlib.Path
-  index: int
-  of: int
-  differs: list[str]
-
-  @functools.cached_property
-  def experiment(self) -> config.Experiment:
-    seeds = {'train.seed': self.seed, 'data.seed': self.base.data.seed + self.seed}
-    return config.override(self.base, seeds)
-
-  def origin(self, arms) -> pathlib.Path | None:
-    """The folder whose parameters this run starts from, by train.init_from; None for new ones."""
-    name = self.experiment.train.init_from
-    if not name:
-      return None
-    return self.folder.parent.parent / name / self.folder.name if name in arms else pathlib.Path(name).expanduser()
-
-  def check_origin(self, arms, ahead) -> None:
-    """Raises ConfigError unless there is something to start from, or a run among those `ahead` will make it."""
-    origin = self.origin(arms)
-    if origin is None or origin in [run.folder for run in ahead] or (origin / 'config.gin').exists():
-      return
-    name = self.experiment.train.init_from
-    raise config.ConfigError(
-        f'{self.arm}: train.init_from = {name!r}: ' + (
-            f'arm {name} has not run at seed {self.seed} in this workdir; run it first' if name in arms else
-            f'no run folder there (config.gin is missing), and no arm of that name; arms are {", ".join(arms)}'
-        )
-    )
-
-  def finished(self) -> bool:
-    """Whether result.json of this very config is there. Refuses a folder that holds another config's run."""
-    written = self.folder / 'config.gin'
-    if written.exists():
-      if not RESUME.value:
-        raise config.ConfigError(f'{self.folder} holds a run already; without --noresume it is continued')
-      different = config.diff(config.load(written), self.experiment)
-      if different:
-        path, there, here = different[0]
-        more = f' (and {len(different) - 1} more)' if len(different) > 1 else ''
-        raise config.ConfigError(
-            f'{written}: the run in this workdir has {path} = {there!r}, this one {here!r}{more}; '
-            'give another --workdir or the same config'
-        )
-    return (self.folder / 'result.json').exists()
 
 
 class Programs:
@@ -291,46 +194,76 @@ class Programs:
     return jax.jit(step).lower(self.state.params, self.state.router, batch).compile()
 
 
-def train(run: Run, programs: Programs, arms, preemption) -> bool:
-  """Trains one run to its end and writes result.json; False if `preemption` asked to stop on the way.
+class Data(NamedTuple):
+  """What a run reads: batches without end, and those that it is judged by."""
 
-  arms: names that train.init_from may mean.
-  """
-  import jax
-  import numpy as np
+  vocabulary: Any
+  iterator: Any  # local batches of numpy arrays
+  put: Callable  # local batch -> global arrays on the mesh
+  heldout_batches: list
+  bytes_per_token: float
+  corpus: str  # its fingerprint
 
-  from mmx import checkpoint, distributed, flops, metrics, sharding
+
+def open_data(experiment: config.Experiment, mesh) -> Data:
+  """The data of a run. Raises ConfigError where a source, the tokenizer or the rows do not fit; writes nothing."""
+  from mmx import distributed, sharding
   from mmx.data import pipeline, tokenizer
-  from mmx.evals import run as evals
 
-  began = time.time()
-  experiment, mesh = run.experiment, programs.mesh
-  steps, primary = experiment.train.steps, distributed.is_primary()
-  tokens_per_step = experiment.data.batch_size * experiment.data.seq_len
-
-  # ---- data, before the folder: what cannot work leaves no trace, and is said before anything is compiled
   vocabulary = tokenizer.load(experiment.data.tokenizer)
   if vocabulary.vocab_size > experiment.model.vocab_size:
     raise config.ConfigError(
         f'model.vocab_size: {experiment.model.vocab_size} is smaller than the {vocabulary.vocab_size} tokens of '
         f'data.tokenizer = {experiment.data.tokenizer!r}'
     )
-  shard = jax.process_index(), jax.process_count()
+  shard = distributed.data_shard(mesh)
   iterator = pipeline.train_iterator(experiment.data, vocabulary, *shard)
   heldout = pipeline.heldout(experiment.data, vocabulary, experiment.eval.batches, *shard)
   put = functools.partial(distributed.put_batch, mesh=mesh, spec=sharding.batch_spec())
-  heldout_batches = [put(batch) for batch in heldout.batches]
   corpus = pipeline.fingerprint(experiment.data, vocabulary)
+  return Data(vocabulary, iterator, put, [put(batch) for batch in heldout.batches], heldout.bytes_per_token, corpus)
+
+
+def train(run: Run, programs: Programs, arms, preemption, tracer) -> bool:
+  """Trains one run to its end and writes result.json; False if `preemption` asked to stop on the way.
+
+  arms: names that train.init_from may mean. tracer: `profiler.Profiler`.
+
+  Raises:
+    ConfigError: the data do not fit, which leaves no trace, or another job has the folder.
+  """
+  from mmx import distributed
+
+  spent = goodput.Goodput()
+  data = open_data(run.experiment, programs.mesh)  # before the folder, and before anything is compiled
+  with distributed.claim(run.folder):
+    return train_claimed(run, programs, data, arms, preemption, tracer, spent)
+
+
+def train_claimed(run, programs, data, arms, preemption, tracer, spent) -> bool:
+  """`train` in a folder that no other job writes to. spent: `goodput.Goodput` of this attempt."""
+  import jax
+  import numpy as np
+
+  from mmx import checkpoint, distributed, flops, metrics, watch
+  from mmx.evals import run as evals
+
+  began = time.time()
+  experiment, mesh = run.experiment, programs.mesh
+  t, steps, primary = experiment.train, experiment.train.steps, distributed.is_primary()
+  tokens_per_step = experiment.data.batch_size * experiment.data.seq_len
 
   # ---- state: a checkpoint's or a new one
-  checkpoints = checkpoint.Checkpointer(run.folder / 'checkpoints', experiment.train.keep_checkpoints)
-  saved = checkpoints.latest_metadata()
-  if saved and saved['tokenizer'] != vocabulary.fingerprint:
-    raise config.ConfigError(
-        f'data.tokenizer: {experiment.data.tokenizer!r} ({vocabulary.fingerprint}) is not the tokenizer of the '
-        f'checkpoint in {run.folder} ({saved["tokenizer"]})'
-    )
-  restored = checkpoints.restore(programs.state, iterator)
+  stores = open_stores(run, programs.state)
+  with spent.spent('restore'):
+    newest = max(stores, key=lambda store: store.latest_valid() or 0)  # the first of equals is the one that all share
+    saved = newest.latest_metadata()
+    if saved and saved['tokenizer'] != data.vocabulary.fingerprint:
+      raise config.ConfigError(
+          f'data.tokenizer: {experiment.data.tokenizer!r} ({data.vocabulary.fingerprint}) is not the tokenizer of the '
+          f'checkpoint in {run.folder} ({saved["tokenizer"]})'
+      )
+    restored = newest.restore(programs.state, data.iterator)
   if restored:
     start, state, saved = restored
   else:
@@ -340,10 +273,12 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
       saved['seen'] = tokens_seen(origin)
   seen = saved.get('seen', 0)  # tokens behind the parameters that it started from
   curve = saved['curve'] or {'step': [], 'tokens': [], 'heldout_loss': []}
+  spent_file = run.folder / 'goodput.json'
   if primary:
     run.folder.mkdir(parents=True, exist_ok=True)
     write_whole(run.folder / 'config.gin', config.dump(experiment))
-    write_whole(run.folder / 'run.json', json.dumps(provenance(corpus, start), indent=1))
+    write_whole(run.folder / 'run.json', json.dumps(provenance(data.corpus, start), indent=1))
+    spent.resume(spent_file.read_text() if spent_file.exists() else None, start)
 
   # ---- what a researcher sees
   peak = flops.peak_flops(mesh.devices.flat[0], experiment.model.compute_dtype) * programs.devices
@@ -352,6 +287,7 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
                               stream=sys.stderr if primary else open(os.devnull, 'w'))
   throughput = metrics.Throughput(tokens_per_step, flops_per_token, peak)
   late_metrics = metrics.LateMetrics()
+  watched = watch.Watch(run.folder, jax.process_index(), t.hang_timeout)
   writer = metrics.RunWriter(run.folder, start) if primary else None
   if writer:
     writer.text('config', f'```\n{config.dump(experiment)}```')
@@ -363,19 +299,32 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
 
   def record(step, values):
     """Scalars of a finished step, which came one step late."""
+    watched.beat(step)
     load_LE = loads_by_layer(values.pop('load'), experiment.model.pattern)
-    checkpoint.check_finite(step, values)
+    spikes = int(values.pop('spikes_in_a_row', 0))
+    skipped = spikes and t.skip_spikes
+    if spikes:
+      told = f'loss {values["loss"]:.3f}, gradient norm {values["grad_norm"]:.3g}'
+      progress.note(f'step {step}: spike, {told}' + '; its batch is skipped' * bool(skipped))
+    if not skipped:
+      checkpoint.check_finite(step, values)
+    elif spikes >= t.max_skips:
+      raise checkpoint.NonFiniteError(f'step {step}: {spikes} batches skipped in a row, the last one with {told}')
     throughput.tick(step)
-    interval.append(float(values['loss']))
+    if not skipped:
+      interval.append(float(values['loss']))
     moving = throughput.moving()
     progress.update(step, float(values['loss']), moving.get('tokens_per_second'))
     last.update(values, load=load_LE)
-    if writer and (step % experiment.train.log_every == 0 or step == steps):
-      values = {name: float(value) for name, value in values.items()} | {'loss': float(np.mean(interval))}
-      last['loss'] = values['loss']
-      writer.scalars(step, values | moving | metrics.load_scalars(load_LE) | metrics.memory_stats())
+    if writer and (step % t.log_every == 0 or step == steps):
+      values = {name: float(value) for name, value in values.items()}
+      values['loss'] = last['loss'] = float(np.mean(interval or [values['loss']]))
+      writer.scalars(
+          step, values | moving | metrics.load_scalars(load_LE) | metrics.memory_stats() | spent.shares()
+      )
+      write_whole(spent_file, spent.note(step))
       interval.clear()
-    if writer and step % experiment.train.histogram_every == 0:
+    if writer and step % t.histogram_every == 0:
       writer.expert_load(step, load_LE)
 
   def catch_up():
@@ -384,12 +333,15 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
       record(*late)
 
   def evaluate(step):
-    with throughput.paused():
-      # One at a time: on CPU devices, collectives of many queued programs can wait for each other for ever.
-      sums = [jax.device_get(programs.eval_step(state.params, state.router, batch)) for batch in heldout_batches]
-      nats, correct, count = np.sum(sums, axis=0, dtype=np.float64)
+    sums = []
+    with throughput.paused(), spent.spent('evaluation'):
+      for batch in data.heldout_batches:
+        # One at a time: on CPU devices, collectives of many queued programs can wait for each other for ever.
+        sums.append(jax.device_get(programs.eval_step(state.params, state.router, batch)))
+        watched.beat(step)
+    nats, correct, count = np.sum(sums, axis=0, dtype=np.float64)
     loss = nats / count
-    bits = loss / math.log(2) / heldout.bytes_per_token
+    bits = loss / math.log(2) / data.bytes_per_token
     checkpoint.check_finite(step, {'heldout/loss': loss})
     for name, value in (('step', step), ('tokens', seen + step * tokens_per_step), ('heldout_loss', loss)):
       curve[name].append(value)
@@ -398,29 +350,48 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
       writer.scalars(step, {'heldout/loss': loss, 'heldout/bits_per_byte': bits, 'heldout/accuracy': correct / count})
     progress.update(step, float(last['loss']), throughput.moving().get('tokens_per_second'), heldout_loss=loss)
 
-  def save(step):
+  def save(step, store):
     told = {
-        'tokenizer': vocabulary.fingerprint, 'seen': seen, 'curve': curve, 'last': scalars(last), 'interval': interval,
+        'tokenizer': data.vocabulary.fingerprint, 'seen': seen, 'curve': curve, 'last': scalars(last),
+        'interval': interval,
     }
-    with throughput.paused():
-      checkpoints.save(step, state, iterator, told)
+    with throughput.paused(), spent.spent('checkpoint'):
+      store.save(step, state, data.iterator, told)
+    if primary:
+      write_whole(spent_file, spent.note(step))
 
   # ---- the loop
   step = start
-  with contextlib.closing(progress), contextlib.closing(checkpoints):  # a save on its way arrives, whatever happens
+  with contextlib.ExitStack() as ends:
+    for closes in (*stores, progress):  # a save on its way arrives, whatever happens
+      ends.enter_context(contextlib.closing(closes))
+    train_step = programs.train_step
+    if t.hang_timeout:
+      programs.eval_step  # its compilation is no hang, and would be taken for one later
+    ends.enter_context(watched)  # innermost: it ends a process whose saves would wait for one that is gone
+    spent.begin_steps()
     for step in range(start + 1, steps + 1):
-      state, values = programs.train_step(state, put(next(iterator)))
+      if tracer.changes_at(step):
+        catch_up()
+        tracer.change(step, run.folder)
+      with spent.spent('data'):
+        rows = next(data.iterator)
+      state, values = train_step(state, data.put(rows))
       if (late := late_metrics.push(step, values)) is not None:
         record(*late)
-      stopping = preemption.agreed() if step % experiment.train.log_every == 0 or shard[1] == 1 else False
+      stopping = preemption.agreed() if step % t.log_every == 0 or jax.process_count() == 1 else False
       if step % experiment.eval.every == 0 or step == steps:
         catch_up()
         evaluate(step)
-      if step % experiment.train.checkpoint_every == 0 or step == steps or stopping:
+      if step % t.checkpoint_every == 0 or step == steps or stopping:
         catch_up()
-        save(step)
+        save(step, stores[0])
+      elif t.local_checkpoint_every and step % t.local_checkpoint_every == 0:
+        catch_up()
+        save(step, stores[1])
       if stopping:
         break
+    tracer.stop()
   if step < steps:
     if writer:
       writer.close()
@@ -444,13 +415,35 @@ def train(run: Run, programs: Programs, arms, preemption) -> bool:
         'flops_per_token': flops_per_token,
         'load_max_over_mean': metrics.load_scalars(load_LE)['load_max_over_mean'],
         'router_entropy': float(last.get('router/entropy', math.nan)),
-        'ruler': ruler, 'curve': curve, 'wall_seconds': time.time() - began,
-        **provenance(corpus, start),
+        'ruler': ruler, 'curve': curve, 'wall_seconds': time.time() - began, 'goodput': spent.summary(),
+        **provenance(data.corpus, start),
     }
     writer.finish()
     write_whole(run.folder / 'result.json', json.dumps(result, indent=1))
   distributed.barrier(f'{run.arm}/{run.seed}')
+  for store in stores[1:]:
+    store.directory.rmtree()  # of no use to a run that is finished
   return True
+
+
+def open_stores(run, state) -> list:
+  """The run's checkpoints: those in its folder, and those of this process on its host's own disk if it has such.
+
+  A run that begins anew forgets what an earlier one of the same folder left on the host's disk.
+  """
+  import jax
+
+  from mmx import checkpoint
+
+  t, new = run.experiment.train, not (run.folder / 'config.gin').exists()
+  shared = checkpoint.Checkpointer(run.folder / 'checkpoints', t.keep_checkpoints)  # all have looked when it returns
+  if not t.local_checkpoint_every:
+    return [shared]
+  below = '/'.join(absolute(run.folder).parts[1:])
+  folder = epath.Path(t.local_checkpoint_dir).expanduser() / below / f'process{jax.process_index()}'
+  if new:
+    folder.rmtree(missing_ok=True)
+  return [shared, checkpoint.Checkpointer(folder, keep=1, own=state)]
 
 
 def start_from(folder, state):
@@ -496,32 +489,6 @@ def loads_by_layer(load, pattern):
 def scalars(last):
   """`last` as JSON."""
   return {name: value.tolist() if hasattr(value, 'tolist') else value for name, value in last.items()}
-
-
-def write_whole(path, text):
-  """A reader, or whoever comes after a crash, finds the whole text or the file before it."""
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(text)
-  os.replace(partial, path)
-
-
-def provenance(corpus, start):
-  """Where the figures of a run come from."""
-  import jax
-
-  device = jax.devices()[0]
-  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
-  describe = ['git', 'describe', '--always', '--dirty']
-  revision = ''
-  with contextlib.suppress(OSError):  # no git here
-    folder = pathlib.Path(__file__).parent
-    revision = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout.strip()
-  return {
-      'device': f'{jax.device_count()} x {device.device_kind}'
-      + (f' ({os.cpu_count()} cores)' if device.platform == 'cpu' else ''),
-      'versions': {'python': sys.version.split()[0]} | {name: metadata.version(name) for name in names},
-      'git': revision, 'corpus': corpus, 'started_at_step': start, 'date': time.strftime('%Y-%m-%d'),
-  }
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
-from mmx import loss, optimizer, sharding
+from mmx import loss, optimizer, sharding, spikes
 from mmx.config import Experiment, parse_pattern
 from mmx.layers.moe import MoEAux, update_bias
 from mmx.layers.mtp import shift_left
@@ -19,12 +19,16 @@ from mmx.model import Decoder, init_variables
 
 @struct.dataclass
 class TrainState:
-  """Everything a step changes. `router` holds the expert biases, which the optimizer never sees."""
+  """Everything a step changes. `router` holds the expert biases, which the optimizer never sees.
+
+  spikes: `spikes.Spikes` where a run looks for them, else None, and then no part of its checkpoints.
+  """
 
   step: jax.Array  # int32, optimizer steps taken
   params: Any
   router: Any
   opt_state: Any
+  spikes: Any = None
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh):
@@ -60,7 +64,8 @@ def _init(experiment: Experiment, seed) -> TrainState:
   transform = optimizer.build(experiment.optim, experiment.train.steps)
   # The moments are built from boxed parameters, so that they inherit the logical axes.
   opt_state = transform.init(variables['params'])
-  return TrainState(jnp.zeros((), jnp.int32), variables['params'], variables.get('router', {}), opt_state)
+  watched = spikes.start() if experiment.train.spike_deviations or experiment.train.skip_spikes else None
+  return TrainState(jnp.zeros((), jnp.int32), variables['params'], variables.get('router', {}), opt_state, watched)
 
 
 def loss_terms(
@@ -139,7 +144,8 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> Callable:
 
   metrics: scalars (loss, grad_norm, learning_rate, ...) and 'load', the expert loads of every layer. Gradients of
   `accumulate` microbatches are summed, each weighted by its share of the step's predicted tokens, so that the result
-  equals one big batch.
+  equals one big batch. A run that looks for spikes has 'spikes_in_a_row' too, and their number so far: 'skipped' where
+  their batches are, else 'spikes'.
   """
   transform = optimizer.build(experiment.optim, experiment.train.steps)
   learning_rate = optimizer.schedule(experiment.optim, experiment.train.steps)
@@ -173,7 +179,7 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> Callable:
       (grads, metrics, load), _ = jax.lax.scan(add, zeros, pieces)
 
     metrics['grad_norm'] = optax.global_norm(grads)
-    metrics['learning_rate'] = learning_rate(state.step)
+    metrics['learning_rate'] = learning_rate(updates_taken(experiment, state))
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     rate = experiment.model.moe.bias_update_rate
@@ -183,9 +189,27 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> Callable:
     if experiment.model.mtp.depth:
       metrics['mtp_weight'] = weight
     metrics['load'] = load
-    return TrainState(state.step + 1, params, router, opt_state), metrics
+    after = TrainState(state.step + 1, params, router, opt_state, state.spikes)
+    if state.spikes is not None:
+      after, metrics = look_for_spike(experiment, state, after, metrics)
+    return after, metrics
 
   return train_step
+
+
+def look_for_spike(experiment: Experiment, before: TrainState, after: TrainState, metrics):
+  """(state, metrics) of a step that may be a spike: `after`, or `before` one step older where its batch is skipped."""
+  t = experiment.train
+  watched, spike = spikes.judge(before.spikes, metrics['loss'], metrics['grad_norm'], t.spike_deviations)
+  if t.skip_spikes:
+    after = spikes.choose(spike, before, after).replace(step=after.step)
+  counted = {'skipped' if t.skip_spikes else 'spikes': watched.total, 'spikes_in_a_row': watched.in_a_row}
+  return after.replace(spikes=watched), metrics | counted
+
+
+def updates_taken(experiment: Experiment, state: TrainState):
+  """Where the learning rate stands on its schedule: a skipped batch leaves the optimizer's own count behind."""
+  return state.step - state.spikes.total if experiment.train.skip_spikes else state.step
 
 
 def trace_train_step(experiment: Experiment, mesh: Mesh):

@@ -29,7 +29,7 @@ from operator import attrgetter
 import numpy as np
 from absl import app, flags, logging
 
-from mmx import config, train
+from mmx import config, host, train
 from mmx.config import ConfigError, Experiment, ModelConfig
 from mmx.convert import m2, mapping
 
@@ -221,12 +221,12 @@ class Ours:
   """The production step."""
 
   def __init__(self, experiment):
-    train.use_every_core()
+    host.use_every_core()
     import jax
 
     from mmx import distributed, sharding, train_step
 
-    train.cache_compilations()
+    host.cache_compilations()
     programs = train.Programs(experiment)
     put = lambda batch: distributed.put_batch(batch, programs.mesh, sharding.batch_spec())
     self.batches = itertools.cycle([put(batch) for batch in batches(experiment)])

@@ -34,9 +34,11 @@ MAY_IMPORT = {
     'flops': 'config',
     'metrics': '',
     'report': 'metrics',
-    'distributed': 'config',
-    'checkpoint': 'distributed',
     'sharding': 'config',
+    'claim': 'config',
+    'watch': '',
+    'distributed': 'config claim sharding',
+    'checkpoint': 'distributed',
     'data': 'config',
     'kernels_pallas': '',
     'layers': 'config sharding kernels_pallas',
@@ -47,12 +49,18 @@ MAY_IMPORT = {
     'evals': 'config command metrics report distributed sharding data model checkpoint checkpoint_params generate',
     'loss': 'sharding',
     'optimizer': 'config',
-    'train_step': 'config sharding layers model loss optimizer',
+    'spikes': '',
+    'train_step': 'config sharding layers model loss optimizer spikes',
     'hlo': '',
     'topology': 'config',
     'aot': 'config command flops hlo topology sharding train_step',
+    'host': '',
+    'goodput': '',
+    'profiler': 'config',
+    'run': 'config',
     'train': (
-        'config command flops metrics report distributed checkpoint checkpoint_params sharding data train_step evals'
+        'config command host goodput profiler run flops metrics report watch distributed checkpoint checkpoint_params '
+        'sharding data train_step evals'
     ),
 }
 # Parsing gin text is a file of its own, which `config.load` calls and which fills in the schema of config.

@@ -107,11 +107,11 @@ def whole(place):
 @pytest.fixture(scope='module')
 def train():
   """mmx.train without its settings of the whole process, which other files share."""
-  from mmx import train
+  from mmx import host, train
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, 'cache_compilations', lambda: None)
-    patch.setattr(train, 'use_every_core', lambda: None)
+    patch.setattr(host, 'cache_compilations', lambda: None)
+    patch.setattr(host, 'use_every_core', lambda: None)
     yield train
 
 
@@ -147,7 +147,7 @@ def result(folder):
 def rows(folder):
   """metrics.jsonl without what the machine says."""
   found = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-  return [{tag: value for tag, value in row.items() if tag not in OF_THE_MACHINE} for row in found]
+  return [{tag: row[tag] for tag in row if tag not in OF_THE_MACHINE and 'goodput/' not in tag} for row in found]
 
 
 def saved(folder):
@@ -555,7 +555,7 @@ def test_a_workdir_that_cannot_be_written_is_told_before_anything_is_compiled(pl
   monkeypatch.setattr(train.Programs, 'train_step', property(lambda self: pytest.fail('compiled')))
   before = tree(place)
   found = here(f'--workdir={workdir}', '--arm=coarse')
-  assert found.startswith('checkpoints cannot be written to ') and f'{workdir}/coarse/seed0/checkpoints: ' in found
+  assert 'Not a directory' in found and workdir in found
   assert tree(place) == before
 
 

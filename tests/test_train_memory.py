@@ -7,10 +7,10 @@ import pytest
 
 PROGRAM = r"""
 import ctypes, re, resource
-from mmx import train
+from mmx import host
 
 libc = ctypes.CDLL(None)
-train.keep_memory(libc)
+host.keep_memory(libc)
 
 def use():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
