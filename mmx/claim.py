@@ -12,12 +12,14 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from typing import TextIO
 
 from etils import epath
 
 from mmx.config import ConfigError
+from mmx.metrics import write_whole
 
 RENEW_S, LEASE_S = 10, 45
 SETTLE_S = 2  # after writing a claim, for another job that did so at the same moment
@@ -54,13 +56,17 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
   finally:
     for parent in made:  # a job that was refused or failed at once leaves nothing behind
       with contextlib.suppress(OSError):
-        parent.rmdir()
+        os.rmdir(parent)
 
 
 def _lock(path: epath.Path) -> TextIO | None:
   """The open and locked file, or None on a file system that has no locks."""
   while True:
-    file = open(path, 'a+')
+    try:
+      file = open(path, 'a+')
+    except FileNotFoundError:  # a job that has just ended took its empty folder along
+      path.parent.mkdir(parents=True, exist_ok=True)
+      continue
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -86,12 +92,12 @@ def _lease(path: epath.Path, claimant: dict) -> Iterator[None]:
     if (now := _text(path)) and now != found:
       raise _taken(path, now)
     found = now
-  renewed = 0
+  token, renewed = uuid.uuid4().hex, 0
 
   def text():
-    return json.dumps(claimant | {'renewed': renewed})
+    return json.dumps(claimant | {'token': token, 'renewed': renewed})
 
-  path.write_text(text())
+  write_whole(path, text())
   time.sleep(SETTLE_S)
   if (now := _text(path)) != text():  # two came at once, and the last writer has it
     raise _taken(path, now)
@@ -102,7 +108,7 @@ def _lease(path: epath.Path, claimant: dict) -> Iterator[None]:
     while not over.wait(RENEW_S):
       renewed += 1
       with contextlib.suppress(Exception):  # the storage's bad minute; LEASE_S bears four
-        path.write_text(text())
+        write_whole(path, text())
 
   thread = threading.Thread(target=renew, name='claim', daemon=True)
   thread.start()

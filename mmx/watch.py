@@ -14,8 +14,11 @@ A process is ended with exit code ENDED and one line on stderr, after which the 
   - when `timeout` seconds have passed since its last beat;
   - when it fails because another process is gone (its heartbeat has not changed for GONE_S);
   - when another process has failed and this one has not within GONE_S: its next collective would never return.
-It is ended hard, as each orderly way out waits for the process that is gone. Whoever does not notice by itself, as in a
-collective of a TPU slice, is told of the silence by a line and ended by jax (distributed.HEARTBEAT_TIMEOUT_S).
+It is ended hard, as each orderly way out waits for the process that is gone.
+
+jax ends processes too: all others at once when process 0 dies, and those that wait in a collective of a TPU slice
+distributed.HEARTBEAT_TIMEOUT_S after another one died. That is an abort from a thread of C++, and jax 0.10 takes no
+function of Python to call before it, so a child process waits for that moment with the last words.
 """
 
 import contextlib
@@ -24,18 +27,24 @@ import faulthandler
 import json
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from typing import NoReturn
 
+import jax
 from etils import epath
 
+from mmx.metrics import write_whole
+
+CONTINUES = 'the same command continues from the last checkpoint'
 ENDED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the run itself
 PULSE_S = 5
 GONE_S = 20  # a thread of a living process is late by seconds, not by four pulses
 WRITE_S = 10  # for the stacks: the folder may be what hangs, and they go to stderr then
+SPEAK = 'import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)'  # what comes in means an end with words
 
 
 class Watch:
@@ -56,12 +65,18 @@ class Watch:
     self._over = threading.Event()
     self._peers: dict[str, Peer] = {}
     self._threads = []
+    self._last_words: subprocess.Popen | None = None
 
   def beat(self, step: int) -> None:
     """The loop is alive and at this step. Costs an assignment."""
     self._beat = step, time.monotonic()
 
   def __enter__(self) -> 'Watch':
+    if jax.process_count() > 1:
+      words = (f'error: process {self.index} (pid {os.getpid()} on {socket.gethostname()}) was killed, or jax ended it '
+               f'because another process is gone; {CONTINUES}')
+      command = [sys.executable, '-I', '-S', '-c', SPEAK, words]
+      self._last_words = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     self._look()
     # Two threads, as storage that hangs must not keep the other from its judgement.
     for target in (self._pulse, self._judge) if self.timeout else (self._pulse,):
@@ -78,10 +93,11 @@ class Watch:
       reason = _first_line(error)
       self._write(failed=reason)
       if lost := self._lost():
-        _end(f'{lost.phrase()}, noticed by {reason}')
+        self._end(f'{lost.phrase()}, noticed by {reason}')
     else:
       with contextlib.suppress(Exception):
         self._path().unlink(missing_ok=True)
+    self._keep_quiet()
 
   # The threads.
 
@@ -93,7 +109,7 @@ class Watch:
       self._look()
       for name, peer in self._peers.items():
         if peer.failed and peer.silence() > GONE_S:
-          _end(f'{peer.phrase()}, and nothing goes on without it')
+          self._end(f'{peer.phrase()}, and nothing goes on without it')
         if peer.met and not peer.failed and peer.silence() > GONE_S and name not in told:
           told.add(name)
           print(f'watch: {peer.phrase()}', file=sys.stderr, flush=True)
@@ -110,8 +126,18 @@ class Watch:
       if silence > self.timeout:
         where = self._dump()
         silent = [peer.phrase() for peer in list(self._peers.values()) if peer.met and peer.silence() > GONE_S]
-        _end(f'process {self.index} on {socket.gethostname()} hangs: {silence:.0f} s since step {step} began; '
-             f'its stacks are in {where}; ' + ('; '.join(silent) or 'no other heartbeat is old'))
+        self._end(f'process {self.index} on {socket.gethostname()} hangs: {silence:.0f} s since step {step} began; '
+                  f'its stacks are in {where}; ' + ('; '.join(silent) or 'no other heartbeat is old'))
+
+  def _end(self, line: str) -> NoReturn:
+    self._keep_quiet()
+    sys.stdout.flush()
+    print(f'error: {line}; {CONTINUES}', file=sys.stderr, flush=True)
+    os._exit(ENDED)
+
+  def _keep_quiet(self) -> None:
+    if self._last_words:
+      self._last_words.communicate(b'.')
 
   # Heartbeats.
 
@@ -122,7 +148,7 @@ class Watch:
     step = self._beat[0] if self._beat else None
     heartbeat = {'time': time.time(), 'step': step, 'pid': os.getpid(), 'host': socket.gethostname(), **more}
     with contextlib.suppress(Exception):  # the storage's bad minute is not the run's end
-      _write_whole(self._path(), json.dumps(heartbeat))
+      write_whole(self._path(), json.dumps(heartbeat))
 
   def _look(self) -> None:
     """Notes what has changed among the heartbeats of the others. Those of an earlier job never do, and are never met."""
@@ -157,7 +183,7 @@ class Watch:
       file.seek(0)
       stacks = file.read()
     path = self.folder / f'stacks.{self.index}.txt'
-    writer = threading.Thread(target=_write_whole, args=(path, stacks), daemon=True)
+    writer = threading.Thread(target=write_whole, args=(path, stacks), daemon=True)
     writer.start()
     writer.join(WRITE_S)
     if not writer.is_alive() and path.exists():
@@ -197,22 +223,6 @@ class Peer:
     return f'{who} is gone: no heartbeat for {self.silence():.0f} s, the last one {where}'
 
 
-def _end(line: str) -> NoReturn:
-  sys.stdout.flush()
-  print(f'error: {line}; the same command continues from the last checkpoint', file=sys.stderr, flush=True)
-  os._exit(ENDED)
-
-
 def _first_line(error: Exception) -> str:
   lines = str(error).strip().splitlines()
   return f'{type(error).__name__}: {lines[0][:200]}' if lines else type(error).__name__
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-  """Readers find the old text or the new one; an object store does that by itself."""
-  if '://' in os.fspath(path):
-    path.write_text(text)
-  else:
-    partial = path.with_name(f'{path.name}.partial')
-    partial.write_text(text)
-    partial.replace(path)

@@ -18,12 +18,26 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmx import distributed
+from mmx import claim, distributed, sharding
 from mmx.checkpoint import Checkpointer, CheckpointError
 from mmx.config import ConfigError
 
 ROWS = np.arange(8 * 6, dtype=np.int32).reshape(8, 6)
 KERNEL = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+
+
+# Sizes of mesh axes, and the order of four devices, two of each process → (index, count) of both.
+MESHES = {
+    'fsdp': ({'fsdp': 4}, (0, 1, 2, 3), [(0, 2), (1, 2)]),
+    'rows_that_are_no_neighbours': ({'fsdp': 4}, (0, 2, 1, 3), [(0, 2), (1, 2)]),
+    'second_process_first': ({'replica': 2, 'fsdp': 2}, (2, 3, 0, 1), [(1, 2), (0, 2)]),
+    'tensor_inside': ({'expert': 2, 'tensor': 2}, (0, 1, 2, 3), [(0, 2), (1, 2)]),
+    'tensor_across': ({'fsdp': 2, 'tensor': 2}, (0, 2, 1, 3), [(0, 1), (0, 1)]),
+    'more_processes_than_shards': ({'tensor': 4}, (0, 1, 2, 3), [(0, 1), (0, 1)]),
+    'context_across': ({'fsdp': 2, 'context': 2}, (0, 2, 1, 3), [(0, 1), (0, 1)]),
+    'context_alone': ({'context': 4}, (0, 1, 2, 3), [(0, 1), (0, 1)]),
+}
+PERMUTED = {'rows_that_are_no_neighbours': [0, 1, 4, 5, 2, 3, 6, 7]}
 
 
 class Counter:
@@ -52,6 +66,18 @@ def abstract(state, replicated):
   return jax.tree.map(describe, {name: state[name] for name in ('kernel', 'rng')}) | {'step': leaf}
 
 
+def fed(sizes: dict[str, int], order: tuple[int, ...]) -> dict:
+  """What becomes of ROWS, of which each process brings the block that `data_shard` names, on such a mesh."""
+  devices = np.array(jax.devices())[list(order)]
+  mesh = Mesh(devices.reshape([sizes.get(axis, 1) for axis in sharding.AXES]), sharding.AXES)
+  index, count = distributed.data_shard(mesh)
+  mine = ROWS[8 // count * index :][: 8 // count, :4]
+  whole = jax.jit(lambda rows: rows, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  put = distributed.put_batch({'tokens': mine}, mesh, sharding.batch_spec())['tokens']
+  same = distributed.put_whole({'tokens': ROWS[:, :4]}, mesh, sharding.batch_spec())['tokens']
+  return {'shard': (index, count), 'put': np.asarray(whole(put)).tolist(), 'whole': np.asarray(whole(same)).tolist()}
+
+
 def worker(directory: str) -> dict:
   """One of two processes with two devices each; what it finds goes to the test as JSON."""
   distributed.initialize()
@@ -65,6 +91,21 @@ def worker(directory: str) -> dict:
   add = lambda rows: jax.lax.psum(rows.sum(), 'fsdp')
   summed = jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec('fsdp'), out_specs=PartitionSpec())(batch['tokens'])
   found |= {'rows': np.asarray(whole).tolist(), 'sum': int(summed)}
+
+  found['fed'] = {name: fed(sizes, order) for name, (sizes, order, _) in MESHES.items()}
+
+  with contextlib.ExitStack() as stack:
+    if me == 1:
+      stack.enter_context(claim.held(f'{directory}/claimed'))
+    distributed.barrier('process 1, which is no primary one, has claimed it')
+    try:
+      stack.enter_context(distributed.claim(f'{directory}/claimed'))
+    except ConfigError as error:
+      found['refused'] = str(error)
+    distributed.barrier('both have been refused')
+  distributed.barrier('it is free')
+  with distributed.claim(f'{directory}/claimed'):
+    distributed.barrier('both have it')
 
   with distributed.Preemption() as preemption:
     found['agreed_before'] = preemption.agreed()
@@ -148,6 +189,18 @@ def test_local_rows_become_one_global_batch_in_order_of_process(two_processes):
   for found in two_processes[1:]:
     assert found['rows'] == ROWS.tolist()
     assert found['sum'] == ROWS.sum()
+
+
+@pytest.mark.parametrize('name', MESHES)
+def test_every_mesh_gets_each_row_once_from_the_processes_that_hold_it(two_processes, name):
+  rows = ROWS[PERMUTED.get(name, range(8)), :4].tolist()
+  for found, shard in zip(two_processes[1:], MESHES[name][2], strict=True):
+    assert found['fed'][name] == {'shard': list(shard), 'put': rows, 'whole': ROWS[:, :4].tolist()}
+
+
+def test_a_refused_claim_is_told_by_every_process_in_the_same_words(two_processes):
+  first, second = (found['refused'] for found in two_processes[1:])
+  assert first == second and 'is in use by process' in first
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(two_processes):
@@ -285,6 +338,36 @@ def test_rows_go_to_the_devices_of_the_axes_named():
   assert {shard.data.shape for shard in batch['tokens'].addressable_shards} == {(2, 6)}
   with pytest.raises(ValueError):
     distributed.put_batch({'tokens': ROWS[:3]}, mesh, spec)
+
+
+@pytest.mark.parametrize('holders, process, share', [
+    ([{0}, {0}, {1}, {1}], 1, (4, (2, 3), 1, 2)),
+    ([{0, 1}, {2, 3}], 3, (2, (1,), 1, 2)),
+    ([{1}, {0}], 0, (2, (1,), 1, 2)),  # the block that it holds decides, not its number
+    ([{0, 1, 2, 3}], 2, (1, (0,), 0, 1)),
+])
+def test_processes_are_counted_by_the_rows_that_they_hold(holders, process, share):
+  assert distributed._share_of(holders, process) == share
+
+
+@pytest.mark.parametrize('holders, process, message', [
+    ([{0}, {0, 1}, {1}], 0, 'process 0 holds 0,1; process 1 holds 1,2; the devices of a process must make up'),
+    ([{0}, {0}, {1}], 0, 'process 0 holds 0,1; process 1 holds 2; the devices'),
+    ([{0}, {1}], 2, 'process 2 has none of its devices, which are of processes [0, 1]; start fewer processes'),
+])
+def test_a_mesh_that_cuts_across_processes_is_refused(holders, process, message):
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    distributed._share_of(holders, process)
+
+
+def test_a_job_whose_processes_do_not_all_come_says_so_and_ends():
+  code = 'from mmx import distributed; distributed.CONNECT_TIMEOUT_S = 2; distributed.initialize("127.0.0.1:{}", 2, {})'
+  for process in (0, 1):
+    command = [sys.executable, '-c', code.format(free_port(), process)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and line.startswith('error: the processes of this job (process 0 at 127.0.0.1:')
+    assert line.endswith('did not all meet within 2 s; is each one started, and can it reach process 0?')
 
 
 # Stops.
