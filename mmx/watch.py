@@ -126,7 +126,7 @@ class Watch:
       if silence > self.timeout:
         where = self._dump()
         silent = [peer.phrase() for peer in list(self._peers.values()) if peer.met and peer.silence() > GONE_S]
-        self._end(f'process {self.index} on {socket.gethostname()} hangs: {silence:.0f} s since step {step} began; '
+        self._end(f'process {self.index} on {socket.gethostname()} hangs: nothing for {silence:.0f} s after step {step}; '
                   f'its stacks are in {where}; ' + ('; '.join(silent) or 'no other heartbeat is old'))
 
   def _end(self, line: str) -> NoReturn:
