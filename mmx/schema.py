@@ -82,7 +82,7 @@ class MoEConfig:
   bias_update_rate: float = 1e-3  # step of the selection-only expert bias (aux-loss-free balancing); 0 freezes it
   balance_loss_weight: float = 0.0  # coefficient of the Switch-style balance loss
   capacity_factor: float = 0.0  # 0 is dropless; otherwise each expert keeps ceil(factor * tokens * top_k / E) per shard
-  transport: Literal['ring', 'ragged', 'padded'] = 'ring'  # used when mesh.expert > 1
+  transport: Literal['ring', 'ragged', 'padded', 'direct'] = 'ring'  # used when mesh.expert > 1
   implementation: Literal['auto', 'reference', 'loop', 'blocks', 'megablox', 'hopper'] = 'auto'  # of experts
 
 

@@ -100,6 +100,39 @@ def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementat
   Raises:
     UnsupportedError: a named implementation does not support the platform.
   """
+  arguments = x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation
+  name, gpu = _experts_form(x_ND, w_gate_up_ED2F, implementation, platform)
+  if name == 'hopper':
+    return gpu.experts_hopper(*arguments, most)
+  if name == 'reference':
+    return reference.experts(*arguments)
+  function = {
+      'megablox': _grouped.experts_megablox,
+      'loop': _grouped.experts_loop,
+      'blocks': _grouped.experts_blocks,
+  }[name]
+  return function(*arguments, most)
+
+
+def experts_on_rows(x_RD, group_sizes_E, w_gate_up_ED2F, w_down_EFD, *, implementation, platform, activation='swiglu'):
+  """Each row's expert on it, [R, D], where rows stand sorted by expert in groups of those sizes (int32 [E]).
+
+  Rows behind the groups hold anything, before and after. 'reference' has no form of its own and loops.
+
+  Raises:
+    UnsupportedError: a named implementation does not support the platform.
+  """
+  arguments = x_RD, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation
+  name, gpu = _experts_form(x_RD, w_gate_up_ED2F, implementation, platform)
+  if name in ('loop', 'reference'):
+    return _grouped.loop_on_rows(*arguments)
+  if name == 'megablox':
+    return _grouped.products(*arguments, _grouped.megablox(x_RD.shape[0], group_sizes_E.shape[0]))
+  return _grouped.products(*arguments, gpu.hopper() if name == 'hopper' else _grouped.BLOCKS)
+
+
+def _experts_form(x_ND, w_gate_up_ED2F, implementation, platform):
+  """(name of the form, the module of Hopper's or None)."""
   everywhere = ('cpu', 'gpu', 'tpu')
   D, _, F = w_gate_up_ED2F.shape[1:]
   lanes = '' if D % 128 == 0 and F % 128 == 0 else f'needs d_model and d_ff in multiples of 128, got {D} and {F}'
@@ -110,19 +143,9 @@ def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementat
       ('blocks', everywhere, ''),
       ('reference', everywhere, ''),
   ]
-  arguments = x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation
   if implementation == 'hopper':
-    gpu = _hopper('experts', platform, lambda gpu: gpu.unsupported(x_ND, w_gate_up_ED2F))
-    return gpu.experts_hopper(*arguments, most)
-  name = _choose('experts', table, implementation, platform)
-  if name == 'reference':
-    return reference.experts(*arguments)
-  function = {
-      'megablox': _grouped.experts_megablox,
-      'loop': _grouped.experts_loop,
-      'blocks': _grouped.experts_blocks,
-  }[name]
-  return function(*arguments, most)
+    return implementation, _hopper('experts', platform, lambda gpu: gpu.unsupported(x_ND, w_gate_up_ED2F))
+  return _choose('experts', table, implementation, platform), None
 
 
 def sliding(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, window, sink_tokens, implementation, platform,

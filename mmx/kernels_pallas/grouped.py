@@ -82,7 +82,7 @@ def schedule(group_sizes_E, rows, block) -> Blocks:
   return Blocks(expert, row, (start_E + group_sizes_E)[expert], last_E[-1])
 
 
-def combine(y_RD, slot_Nk, weights_Nk, here_Nk):
+def weighted_sum(y_RD, slot_Nk, weights_Nk, here_Nk):
   """[N, D]: each token's weighted sum over those of its k rows that are here, whatever the others hold; one gather per
   choice, so that [N, k, D] is never held."""
 
@@ -175,7 +175,7 @@ def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activati
     return blocks(step, y)
 
   y_RD = _over_blocks(rows.group_sizes_E, block, expert_body, jnp.zeros((R + block, D), x_ND.dtype))
-  y_ND = combine(y_RD, rows.slot_Nk, weights_Nk, here_Nk)
+  y_ND = weighted_sum(y_RD, rows.slot_Nk, weights_Nk, here_Nk)
   return y_ND, (x_ND, weights_Nk, here_Nk, rows, w_gate_up_ED2F, w_down_EFD)
 
 
@@ -223,10 +223,17 @@ def _loop_backward(activation, most, residuals, dout_ND):
   )
   dx_RD, dweight_R, dw_gate_up, dw_down = _over_blocks(rows.group_sizes_E, block, expert_body, start)
   dweights_Nk = jnp.where(here_Nk, dweight_R[rows.slot_Nk], 0).astype(weights_Nk.dtype)
-  return combine(dx_RD, rows.slot_Nk, here_Nk, here_Nk), None, dweights_Nk, dw_gate_up, dw_down
+  return weighted_sum(dx_RD, rows.slot_Nk, here_Nk, here_Nk), None, dweights_Nk, dw_gate_up, dw_down
 
 
 experts_loop.defvjp(_loop_forward, _loop_backward)
+
+
+def loop_on_rows(x_RD, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation):
+  """`experts_loop` on rows that stand sorted by expert, one assignment each."""
+  end_E, row_R = jnp.cumsum(group_sizes_E), jnp.arange(x_RD.shape[0], dtype=jnp.int32)
+  ids_R1 = jnp.searchsorted(end_E, row_R, side='right').astype(jnp.int32)[:, None]
+  return experts_loop(x_RD, ids_R1, jnp.ones(ids_R1.shape), w_gate_up_ED2F, w_down_EFD, activation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,30 +241,32 @@ experts_loop.defvjp(_loop_forward, _loop_backward)
 
 
 @jax.custom_vjp
-def _dispatch(x_ND, token_R, slot_Nk, here_Nk):
-  """x[token] in row order; its transpose sums each token's k rows by gathers."""
-  return x_ND[token_R]
+def dispatch(x_ND, rows: Sorted, here_Nk):
+  """x[token] in row order, [R, D]; its transpose sums each token's rows by gathers."""
+  del here_Nk
+  return x_ND[rows.token_R]
 
 
-def _dispatch_forward(x_ND, token_R, slot_Nk, here_Nk):
-  return x_ND[token_R], (slot_Nk, here_Nk)
+def _dispatch_forward(x_ND, rows, here_Nk):
+  return x_ND[rows.token_R], (rows.slot_Nk, here_Nk)
 
 
 def _dispatch_backward(residuals, dx_RD):
   slot_Nk, here_Nk = residuals
-  return combine(dx_RD, slot_Nk, here_Nk, here_Nk), None, None, None
+  return weighted_sum(dx_RD, slot_Nk, here_Nk, here_Nk), None, None
 
 
-_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def _combine(y_RD, weights_Nk, rows, here_Nk):
-  return combine(y_RD, rows.slot_Nk, weights_Nk, here_Nk)
+def combine(y_RD, weights_Nk, rows: Sorted, here_Nk):
+  """`weighted_sum` with gradients by rows and weights that are gathers too."""
+  return weighted_sum(y_RD, rows.slot_Nk, weights_Nk, here_Nk)
 
 
 def _combine_forward(y_RD, weights_Nk, rows, here_Nk):
-  return combine(y_RD, rows.slot_Nk, weights_Nk, here_Nk), (y_RD, weights_Nk, rows, here_Nk)
+  return combine(y_RD, weights_Nk, rows, here_Nk), (y_RD, weights_Nk, rows, here_Nk)
 
 
 def _combine_backward(residuals, dout_ND):
@@ -268,24 +277,35 @@ def _combine_backward(residuals, dout_ND):
   return dout_ND[rows.token_R] * weight_R[:, None], jnp.where(here_Nk, dweights, 0).astype(weights_Nk.dtype), None, None
 
 
-_combine.defvjp(_combine_forward, _combine_backward)
+combine.defvjp(_combine_forward, _combine_backward)
 
 
-def experts_sorted(
-    x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, grouped_product, multiple=1
-):
-  """Dispatch, two grouped products [R, D] -> [R, 2F] -> [R, D], combine. Rows behind the groups fill R up to a multiple
-  of `multiple`."""
-  E, F, D = w_down_EFD.shape
-  rows = sort_by_expert(ids_Nk, E, most)
-  fill = lambda index_R: jnp.pad(index_R, (0, -index_R.shape[0] % multiple))
+class Product(NamedTuple):
+  """A grouped product on a platform."""
+
+  of: Callable  # (x_RA, w_EAC, group_sizes_E) -> y_RC; rows behind the groups hold anything
+  multiple: int = 1  # of R
+
+
+def experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, product: Product):
+  """Dispatch, `products`, combine. Rows behind the groups fill R up to what the product asks for."""
+  rows = sort_by_expert(ids_Nk, w_down_EFD.shape[0], most)
+  fill = lambda index_R: jnp.pad(index_R, (0, -index_R.shape[0] % product.multiple))
   rows = rows._replace(token_R=fill(rows.token_R), source_R=fill(rows.source_R))
-  here_Nk = ids_Nk < E
-  x_RD = _dispatch(x_ND, rows.token_R, rows.slot_Nk, here_Nk)
-  h_R2F = grouped_product(x_RD, w_gate_up_ED2F.reshape(E, D, 2 * F), rows.group_sizes_E)
+  here_Nk = ids_Nk < w_down_EFD.shape[0]
+  x_RD = dispatch(x_ND, rows, here_Nk)
+  return combine(products(x_RD, rows.group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation, product),
+                 weights_Nk, rows, here_Nk)
+
+
+def products(x_RD, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation, product: Product):
+  """Experts on rows that stand sorted by expert: two grouped products [R, D] -> [R, 2F] -> [R, D]."""
+  E, F, D = w_down_EFD.shape
+  R = x_RD.shape[0]
+  x_RD = jnp.pad(x_RD, ((0, -R % product.multiple), (0, 0)))
+  h_R2F = product.of(x_RD, w_gate_up_ED2F.reshape(E, D, 2 * F), group_sizes_E)
   act_RF = ACTIVATIONS[activation](h_R2F[:, :F], h_R2F[:, F:])
-  y_RD = grouped_product(act_RF, w_down_EFD, rows.group_sizes_E)
-  return _combine(y_RD, weights_Nk, rows, here_Nk)
+  return product.of(act_RF, w_down_EFD, group_sizes_E)[:R]
 
 
 class Kernels(NamedTuple):
@@ -333,20 +353,21 @@ def _block_product(x_RA, w_EAC, group_sizes_E):
   return jnp.where(inside_R[:, None], y_RC, 0)
 
 
+BLOCKS = Product(_block_product)
+
+
 def experts_blocks(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0):
   """See the module docstring."""
-  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, _block_product)
+  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, BLOCKS)
 
 
-def experts_megablox(
-    x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0, interpret=False
-):
-  """See the module docstring: the Pallas TPU grouped products of jax. `interpret` runs them on CPU, for tests."""
+def megablox(rows, groups, interpret=False) -> Product:
+  """The Pallas TPU grouped product of jax for that many rows at most. `interpret` runs it on CPU, for tests."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-  tall = _tall_tile(min(ids_Nk.size, most or ids_Nk.size), w_down_EFD.shape[0])
+  tall = _tall_tile(rows, groups)
 
-  def rows(x_RA, w_EAC, group_sizes_E, transposed=False):
+  def by_rows(x_RA, w_EAC, group_sizes_E, transposed=False):
     tile = _rows_tile(x_RA.shape[1], w_EAC.shape[1 if transposed else 2], x_RA.dtype.itemsize)
     return gmm(x_RA, w_EAC, group_sizes_E, x_RA.dtype, tile, transpose_rhs=transposed, interpret=interpret)
 
@@ -355,8 +376,16 @@ def experts_megablox(
     tile = tall, _part(x_RA.shape[1], side), _part(dy_RC.shape[1], side)
     return tgmm(x_RA.T, dy_RC, group_sizes_E, x_RA.dtype, tile, interpret=interpret)
 
-  product = functools.partial(product_by, Kernels(rows, functools.partial(rows, transposed=True), weights))
-  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, product, tall)
+  kernels = Kernels(by_rows, functools.partial(by_rows, transposed=True), weights)
+  return Product(functools.partial(product_by, kernels), tall)
+
+
+def experts_megablox(
+    x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0, interpret=False
+):
+  """See the module docstring."""
+  product = megablox(min(ids_Nk.size, most or ids_Nk.size), w_down_EFD.shape[0], interpret)
+  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, product)
 
 
 def _part(side, most):

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from mmx.kernels_pallas.grouped import Kernels, experts_sorted, product_by, schedule
+from mmx.kernels_pallas.grouped import Kernels, Product, experts_sorted, product_by, schedule
 
 STEP = 64  # of the summed side at once: 128 bytes of bfloat16, a line of shared memory as the matrix units read it
 BLOCK = 128  # rows of a block, and side A of a tile of weights
@@ -46,10 +46,17 @@ def unsupported(x_ND, w_gate_up_ED2F) -> str:
   return ''
 
 
-def experts_hopper(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0, interpret=False):
+def hopper(interpret=False) -> Product:
   """See `grouped`. `interpret` runs the kernels on CPU, for tests."""
   kernels = Kernels(*(functools.partial(kernel, interpret=interpret) for kernel in (_rows, _transposed, _weights)))
-  product = functools.partial(product_by, kernels)
+  return Product(functools.partial(product_by, kernels))
+
+
+def experts_hopper(
+    x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0, interpret=False
+):
+  """See `grouped`."""
+  product = hopper(interpret)
   return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, product)
 
 

@@ -20,7 +20,7 @@ from mmx import sharding
 from mmx.config import MoEConfig
 from mmx.kernels_pallas import api
 from mmx.layers.mlp import MLP
-from mmx.layers.moe_transport import expert_parallel
+from mmx.layers.moe_transport import Experts, expert_parallel
 from mmx.sharding import fan_in_normal, param
 
 
@@ -97,13 +97,13 @@ class MoE(nn.Module):
     scores_BTE = gate_scores(x_BTD, w_gate, c.gate)
     ids_BTk, weights_BTk = route(scores_BTE, bias_E, c.top_k, c.routed_scaling)
     load_E, balance_loss, entropy = router_statistics(scores_BTE, ids_BTk, valid_BT)
+    choice = {
+        'implementation': c.implementation, 'platform': sharding.platform_of(self.mesh), 'activation': self.activation,
+    }
     y_BTD, dropped = expert_parallel(
         x_BTD, ids_BTk, weights_BTk, w_gate_up.astype(x_BTD.dtype), w_down.astype(x_BTD.dtype),
         mesh=self.mesh, transport=c.transport, capacity_factor=c.capacity_factor,
-        local_experts=functools.partial(
-            api.experts, implementation=c.implementation, platform=sharding.platform_of(self.mesh),
-            activation=self.activation,
-        ),
+        experts=Experts(functools.partial(api.experts, **choice), functools.partial(api.experts_on_rows, **choice)),
     )
     if c.shared_d_ff:
       y_BTD = y_BTD + MLP(c.shared_d_ff, self.activation, self.out_scale, name='shared')(x_BTD)
