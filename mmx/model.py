@@ -15,6 +15,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mmx.config import Layer, ModelConfig, parse_pattern
+from mmx.layers import context_parallel
 from mmx.layers.block import remat_block
 from mmx.layers.context import Context
 from mmx.layers.embedding import Embedding
@@ -66,8 +67,13 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens_BT, positions_BT, segment_ids_BT, cache=None, warmup=None) -> Output:
-    """tokens, positions, segment_ids: int32 [B, T]; cache and warmup: see `init_cache` and layers/context.py."""
+    """tokens, positions, segment_ids: int32 [B, T]; cache and warmup: see `init_cache` and layers/context.py.
+
+    Raises:
+      ConfigError: T does not divide by the mesh's axis 'context', or there is a cache and that axis is not 1.
+    """
     m = self.model
+    context_parallel.check(self.mesh, tokens_BT.shape[1], bool(cache))
     dtype = jnp.dtype(m.compute_dtype)
     context = Context(positions_BT, segment_ids_BT, warmup)
     embedding = Embedding(m.vocab_size, m.d_model, m.tie_embeddings, name='embedding')

@@ -59,25 +59,36 @@ def _choose(what, table, implementation, platform):
   raise UnsupportedError(f'{what} implementation {implementation!r} is unknown; one of {[name for name, *_ in table]}')
 
 
-def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platform, mesh=None):
+def _whole(part):
+  return '' if part is None else 'serves whole rows only, not a part of their queries (mesh.context)'
+
+
+def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platform, mesh=None, part=None):
   """Causal grouped-query attention within segments; see `reference.attention`.
+
+  part: None, or `chunks.Part`: which of their rows' queries these are, where keys and values are of whole rows.
 
   Raises:
     UnsupportedError: a named implementation does not support the platform or shape.
   """
   T, _, Dh = q_BTHDh.shape[1:]
+  run = T if part is None else T // 2  # of slots one after the other
   everywhere = ('cpu', 'gpu', 'tpu')
-  lanes = '' if Dh % 128 == 0 and T % 128 == 0 else f'needs head_dim and length in multiples of 128, got {Dh} and {T}'
+  whole = Dh % 128 == 0 and run % 128 == 0
+  lanes = '' if whole else f'needs head_dim and length in multiples of 128, got {Dh} and {run}'
   half = '' if q_BTHDh.dtype.itemsize == 2 else f'needs bfloat16, got {q_BTHDh.dtype}'
+  narrow = '' if Dh % 8 == 0 and Dh <= 128 else f'needs head_dim of at most 128, got {Dh}'
   table = [
       ('splash', ('tpu',), lanes),
-      ('cudnn', ('gpu',), half or ('' if Dh % 8 == 0 and Dh <= 128 else f'needs head_dim of at most 128, got {Dh}')),
+      ('cudnn', ('gpu',), _whole(part) or half or narrow),
       ('chunked', everywhere, ''),
-      ('reference', everywhere, ''),
+      ('reference', everywhere, _whole(part)),
   ]
   name = _choose('attention', table, implementation, platform)
   if name == 'splash':
-    return _attention.attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh)
+    return _attention.attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh, part)
+  if part is not None:
+    return _attention.attention_part(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, part)
   function = {
       'cudnn': _attention.attention_cudnn,
       'chunked': _attention.attention_chunked,
@@ -149,17 +160,20 @@ def _experts_form(x_ND, w_gate_up_ED2F, implementation, platform):
 
 
 def sliding(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, window, sink_tokens, implementation, platform,
-            past=None):
+            past=None, start=None):
   """Causal attention within a window, to sink tokens, and within segments; see `reference.sliding`.
 
+  start: None, or an int, traced or not: all but q are of more tokens, of which the queries are those from there on.
+
   Raises:
-    UnsupportedError: an unknown implementation.
+    UnsupportedError: a named implementation does not serve a part of a row, or is unknown.
   """
   everywhere = ('cpu', 'gpu', 'tpu')
-  table = [('chunked', everywhere, ''), ('reference', everywhere, '')]
-  name = _choose('sliding', table, implementation, platform)
-  function = {'chunked': _sliding.sliding_chunked, 'reference': reference.sliding}[name]
-  return function(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, window, sink_tokens, past)
+  table = [('chunked', everywhere, ''), ('reference', everywhere, _whole(start))]
+  arguments = q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, window, sink_tokens, past
+  if _choose('sliding', table, implementation, platform) == 'reference':
+    return reference.sliding(*arguments)
+  return _sliding.sliding_chunked(*arguments, start)
 
 
 def sliding_slots(q_BTHDh, k_BSKDh, v_BSKDh, slot_positions_BS, positions_BT, *, window, sink_tokens):
@@ -195,8 +209,10 @@ def lightning(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh=
 
 
 def msa(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, block_size, top_k, implementation,
-        platform):
+        platform, part=None):
   """Attention over blocks that the index branch selects, and its divergence: (out, kl [B]); see `reference.msa`.
+
+  part: None, or `chunks.Part`: which of their rows' queries these are, where all keys are of whole rows.
 
   Raises:
     UnsupportedError: a named implementation does not support the platform or shape.
@@ -208,18 +224,22 @@ def msa(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, 
       ('pallas', ('tpu',), _msa_tpu.unsupported(*shapes)),
       ('hopper', (), ''),
       ('gather', everywhere, ''),
-      ('reference', everywhere, ''),
+      ('reference', everywhere, _whole(part)),
   ]
   if implementation == 'hopper':
-    return _hopper('msa', platform, lambda gpu: gpu.unsupported(*shapes)).msa_hopper(*arguments)
+    return _hopper('msa', platform, lambda gpu: gpu.unsupported(*shapes)).msa_hopper(*arguments, part=part)
   name = _choose('msa', table, implementation, platform)
-  return {'pallas': _msa_tpu.msa_pallas, 'gather': _sparse.msa_gather, 'reference': reference.msa}[name](*arguments)
+  if name == 'reference':
+    return reference.msa(*arguments)
+  return {'pallas': _msa_tpu.msa_pallas, 'gather': _sparse.msa_gather}[name](*arguments, part=part)
 
 
-def msa_prefix_kl(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, implementation):
+def msa_prefix_kl(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, implementation, part=None):
   """The divergence of MSA's dense warm-up, kl [B]; see `reference.msa_prefix_kl`. One form for every platform."""
-  function = reference.msa_prefix_kl if implementation == 'reference' else _sparse.msa_prefix_kl_gather
-  return function(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT)
+  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT
+  if implementation == 'reference' and part is None:
+    return reference.msa_prefix_kl(*arguments)
+  return _sparse.msa_prefix_kl_gather(*arguments, part)
 
 
 def msa_cached(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, *, block_size, top_k, implementation,

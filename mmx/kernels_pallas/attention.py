@@ -4,18 +4,22 @@
   cudnn    GPU: jax.nn.dot_product_attention's cuDNN kernel.
   splash   TPU: jax's Pallas splash attention, under shard_map when the mesh has several devices.
 
+`chunked` and `splash` also serve the queries of a part of the rows against keys of whole ones (`chunks.Part`).
+
 Letters: B batch, T tokens, H query heads, K kv heads, G = H/K, Dh head dim, c chunk of queries,
-S keys a chunk sees or slots of a cache, R = G*c, s slots of a span.
+S keys a chunk sees, or of whole rows, or slots of a cache, R = G*c, s slots of a span, n parts, N chunks.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from mmx.kernels_pallas.chunks import join, product, split
 
 CHUNK = 64  # queries; smaller skips more of the future, larger makes better matrix products
-SPAN = 256  # slots of a cache read at once
+SPAN = 256  # slots of a cache, or of keys of whole rows, read at once
+SPLASH_BLOCKS = (512, 256, 128)  # queries and keys; at 196,608 tokens, tables of blocks of 128 exceed scalar memory
 
 
 @jax.custom_vjp
@@ -114,27 +118,116 @@ def attention_cudnn(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT):
   )
 
 
-def attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh=None):
-  """Splash attention; rows over the batch axes and heads over 'tensor'. Dh and T must be multiples of 128."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+def attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh=None, part=None):
+  """Splash attention; rows over the batch axes and heads over 'tensor'. Dh and T must be multiples of 128.
 
-  T, H, Dh = q_BTHDh.shape[1:]
+  With a `part`, within a shard_map: T queries against S keys. The two runs of a part's slots are cut into blocks, so
+  they must be multiples of 128.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+  T, _, Dh = q_BTHDh.shape[1:]
 
   def shard(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT):
-    heads = q_BTHDh.shape[2]
-    kernel = splash.make_splash_mha_single_device(masks.MultiHeadMask([masks.CausalMask((T, T))] * heads))
+    kernel = _splash_kernel(q_BTHDh.shape[2], np.arange(T, dtype=np.int32)[None] if part is None else part.slots_nT)
+    if part is not None:
+      n = len(part.slots_nT)  # tables are for all parts: q_sequence [n*T], else [heads, blocks of n*T, blocks of S]
+      pieces = lambda a: a.reshape(n, -1) if a.ndim == 1 else a.reshape(len(a), n, -1, a.shape[2]).swapaxes(0, 1)
+      kernel = jax.tree.map(lambda a: pieces(a)[part.index], kernel)
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q_BTHDh * jnp.asarray(Dh**-0.5, q_BTHDh.dtype), k_BTKDh, v_BTKDh))
-    segments = splash.SegmentIds(segment_ids_BT, segment_ids_BT)
+    segments = splash.SegmentIds(segment_ids_BT, segment_ids_BT if part is None else part.key_segments_BS)
     return jax.vmap(kernel)(q, k, v, segments).transpose(0, 2, 1, 3)
 
-  if mesh is None or mesh.size == 1:
+  if part is not None or mesh is None or mesh.size == 1:
     return shard(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
   rows = ('replica', 'fsdp', 'expert')
   heads_spec = P(rows, None, 'tensor', None)
   specs = (heads_spec, heads_spec, heads_spec, P(rows, None))
   mapped = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=heads_spec, check_vma=False)
   return mapped(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
+
+
+def _splash_kernel(heads, slots_nT):
+  """The kernel for n parts of T queries each, at these slots of n*T keys."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  n, T = slots_nT.shape
+  run = T if n == 1 else T // 2
+  block = next(size for size in SPLASH_BLOCKS if run % size == 0)
+  names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
+  sizes = splash.BlockSizes(**{f'block_{name}': block for name in names})
+  mask = masks.CausalMask((n * T, n * T))
+  mask.q_sequence = slots_nT.reshape(-1)
+  return splash.make_splash_mha(
+      masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=n
+  )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# queries of a part of the rows, keys of whole rows
+
+
+def attention_part(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT, part):
+  """`attention_chunked` for the queries of a part: chunks of queries, and for each the keys in spans up to its last."""
+  heads_first = (a.transpose(0, 2, 1, 3) for a in (k_BSKDh, v_BSKDh))
+  return _attention_part(q_BTHDh, *heads_first, segment_ids_BT, part.slots_T, part.key_segments_BS)
+
+
+@jax.custom_vjp
+def _attention_part(q_BTHDh, k_BKSDh, v_BKSDh, segment_ids_BT, slots_T, key_segments_BS):
+  return _part_forward(q_BTHDh, k_BKSDh, v_BKSDh, segment_ids_BT, slots_T, key_segments_BS)[0]
+
+
+def _part_forward(q_BTHDh, k_BKSDh, v_BKSDh, segment_ids_BT, slots_T, key_segments_BS):
+  T, c = q_BTHDh.shape[1], min(q_BTHDh.shape[1], CHUNK)
+  slots_BT = jnp.broadcast_to(slots_T[None], segment_ids_BT.shape)
+
+  def attend(chunk):
+    q_BcHDh, *where = chunk
+    return _over_spans(q_BcHDh, k_BKSDh, v_BKSDh, *where, key_segments_BS)
+
+  chunks = split(q_BTHDh, c), split(slots_BT, c, -1), split(segment_ids_BT, c)
+  out_NBcHDh, logsumexp = jax.lax.map(attend, chunks)
+  out_BTHDh = join(out_NBcHDh, T)
+  return out_BTHDh, (chunks, k_BKSDh, v_BKSDh, key_segments_BS, out_NBcHDh, logsumexp)
+
+
+def _part_backward(residuals, dout_BTHDh):
+  """As of `attention_chunked`; adds to the gradients of all keys, span by span."""
+  chunks, k_BKSDh, v_BKSDh, key_segments_BS, out_NBcHDh, logsumexp = residuals
+  B, K, S, Dh = k_BKSDh.shape
+  (T, H), c, span = dout_BTHDh.shape[1:3], chunks[0].shape[2], min(S, SPAN)
+  dtype = dout_BTHDh.dtype
+
+  def one_chunk(dkeys, chunk):
+    (q_BcHDh, slots_Bc, segments_Bc), out_BcHDh, dout_BcHDh, logsumexp_BKR1 = chunk
+    rows = lambda a: _heads_first(a, K).reshape(B, K, -1, Dh)
+    q_BKRDh, dout_BKRDh = rows(q_BcHDh), rows(dout_BcHDh)
+    delta_BKR1 = jnp.sum((rows(out_BcHDh) * dout_BKRDh).astype(jnp.float32), axis=-1, keepdims=True)
+
+    def one_span(i, carry):
+      dq, dk_BKSDh, dv_BKSDh = carry
+      first, k_BKsDh, v_BKsDh, visible_BKRs = _span(i, k_BKSDh, v_BKSDh, H // K, slots_Bc, segments_Bc, key_segments_BS)
+      scores = product(q_BKRDh, k_BKsDh, 3, 3) * Dh**-0.5
+      weights = jnp.where(visible_BKRs, jnp.exp(scores - logsumexp_BKR1), 0)
+      dscores = weights * (product(dout_BKRDh, v_BKsDh, 3, 3) - delta_BKR1) * Dh**-0.5
+      dscores, weights = dscores.astype(dtype), weights.astype(dtype)
+      add = lambda all_BKSDh, new: jax.lax.dynamic_update_slice_in_dim(
+          all_BKSDh, jax.lax.dynamic_slice_in_dim(all_BKSDh, first, span, axis=2) + new, first, axis=2
+      )
+      dk_BKSDh = add(dk_BKSDh, product(dscores, q_BKRDh, 2, 2))
+      return dq + product(dscores, k_BKsDh, 3, 2), dk_BKSDh, add(dv_BKSDh, product(weights, dout_BKRDh, 2, 2))
+
+    dq, *dkeys = jax.lax.fori_loop(0, _spans(slots_Bc, span), one_span, (jnp.zeros(q_BKRDh.shape), *dkeys))
+    return tuple(dkeys), _rows_first(dq, H).astype(dtype)
+
+  start = (jnp.zeros(k_BKSDh.shape),) * 2
+  (dk, dv), dq = jax.lax.scan(one_chunk, start, (chunks, out_NBcHDh, split(dout_BTHDh, c), logsumexp))
+  return join(dq, T), dk.astype(k_BKSDh.dtype), dv.astype(v_BKSDh.dtype), None, None, None
+
+
+_attention_part.defvjp(_part_forward, _part_backward)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,37 +237,64 @@ def attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh=None):
 def attention_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT):
   """T new queries against a cache of S slots, of which a query at position p sees 0..p. Returns [B, T, H, Dh].
 
-  Chunks of queries, and for each the cache in spans up to its last position, with a running softmax (FlashAttention,
-  arXiv:2205.14135): no array over S, and a cache that is not full costs what it holds.
+  Chunks of queries, and for each the cache in spans up to its last position: no array over S, and a cache that is not
+  full costs what it holds.
   """
-  B, T, H, Dh = q_BTHDh.shape
-  K, S = k_BKSDh.shape[1:3]
-  G, c, span = H // K, min(T, CHUNK), min(S, SPAN)
-
-  def attend(chunk):
-    q_BcHDh, positions_Bc = chunk
-    q_BKRDh = _heads_first(q_BcHDh, K).reshape(B, K, G * c, Dh)
-
-    def one_span(i, carry):
-      top, total, out = carry
-      first = jnp.minimum(i * span, S - span)  # the last span may reach back: what it repeats counts once
-      slots_s = first + jnp.arange(span, dtype=jnp.int32)
-      visible_Bcs = (slots_s[None, None] <= positions_Bc[..., None]) & (slots_s >= i * span)[None, None]
-      k_BKsDh, v_BKsDh = (jax.lax.dynamic_slice_in_dim(a, first, span, axis=2) for a in (k_BKSDh, v_BKSDh))
-      scores = product(q_BKRDh, k_BKsDh, 3, 3).reshape(B, K, G, c, span) * Dh**-0.5
-      scores = jnp.where(visible_Bcs[:, None, None], scores, -1e30).reshape(B, K, G * c, span)
-      higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
-      weights, keep = jnp.exp(scores - higher), jnp.exp(top - higher)
-      total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
-      return higher, total, out * keep + product(weights.astype(v_BKsDh.dtype), v_BKsDh, 3, 2)
-
-    column = (B, K, G * c, 1)
-    start = jnp.full(column, -1e30), jnp.zeros(column), jnp.zeros((B, K, G * c, Dh))
-    # The first span is read in any case: padding at negative positions gets some mean of it, not 0/0.
-    _, total, out = jax.lax.fori_loop(0, jnp.maximum(jnp.max(positions_Bc), 0) // span + 1, one_span, start)
-    out_BcKGDh = (out / total).reshape(B, K, G, c, Dh).transpose(0, 3, 1, 2, 4)
-    return out_BcKGDh.reshape(B, c, H, Dh).astype(q_BTHDh.dtype)
-
+  T, c = q_BTHDh.shape[1], min(q_BTHDh.shape[1], CHUNK)
+  attend = lambda chunk: _over_spans(chunk[0], k_BKSDh, v_BKSDh, chunk[1])[0]
   if T == c:
     return attend((q_BTHDh, positions_BT))
   return join(jax.lax.map(attend, (split(q_BTHDh, c), split(positions_BT, c))), T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# keys in spans
+
+
+def _over_spans(q_BcHDh, k_BKSDh, v_BKSDh, slots_Bc, segments_Bc=None, key_segments_BS=None):
+  """One chunk's attention to the keys up to its slots, with a running softmax (FlashAttention, arXiv:2205.14135).
+
+  Returns [B, c, H, Dh] and the logsumexp [B, K, R, 1] of the scores.
+  """
+  B, c, H, Dh = q_BcHDh.shape
+  K, S = k_BKSDh.shape[1:3]
+  q_BKRDh = _heads_first(q_BcHDh, K).reshape(B, K, -1, Dh)
+
+  def one_span(i, carry):
+    top, total, out = carry
+    _, k_BKsDh, v_BKsDh, visible_BKRs = _span(i, k_BKSDh, v_BKSDh, H // K, slots_Bc, segments_Bc, key_segments_BS)
+    scores = jnp.where(visible_BKRs, product(q_BKRDh, k_BKsDh, 3, 3) * Dh**-0.5, -1e30)
+    higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+    weights, keep = jnp.exp(scores - higher), jnp.exp(top - higher)
+    total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
+    return higher, total, out * keep + product(weights.astype(v_BKsDh.dtype), v_BKsDh, 3, 2)
+
+  column = (*q_BKRDh.shape[:3], 1)
+  start = jnp.full(column, -1e30), jnp.zeros(column), jnp.zeros(q_BKRDh.shape)
+  top, total, out = jax.lax.fori_loop(0, _spans(slots_Bc, min(S, SPAN)), one_span, start)
+  return _rows_first(out / total, H).astype(q_BcHDh.dtype), top + jnp.log(total)
+
+
+def _spans(slots_Bc, span):
+  """Spans up to the last query's slot. The first in any case: padding, at slots below 0, gets some mean, not 0/0."""
+  return jnp.maximum(jnp.max(slots_Bc), 0) // span + 1
+
+
+def _span(i, k_BKSDh, v_BKSDh, G, slots_Bc, segments_Bc, key_segments_BS):
+  """Where span i begins, its keys and values, and which of them each query sees: bool [B, 1, R, s]."""
+  S = k_BKSDh.shape[2]
+  span = min(S, SPAN)
+  first = jnp.minimum(i * span, S - span)  # the last span may reach back: what it repeats counts once
+  take = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, first, span, axis=axis)
+  slots_s = first + jnp.arange(span, dtype=jnp.int32)
+  visible_Bcs = (slots_s[None, None] <= slots_Bc[..., None]) & (slots_s >= i * span)[None, None]
+  if key_segments_BS is not None:
+    visible_Bcs &= take(key_segments_BS, 1)[:, None] == segments_Bc[..., None]
+  visible_B1Rs = jnp.broadcast_to(visible_Bcs[:, None, None], (len(slots_Bc), 1, G, *visible_Bcs.shape[1:]))
+  return first, take(k_BKSDh, 2), take(v_BKSDh, 2), visible_B1Rs.reshape(len(slots_Bc), 1, -1, span)
+
+
+def _rows_first(x_BKRDh, H):
+  """[B, K, G*c, Dh] -> [B, c, H, Dh]."""
+  B, K, R, Dh = x_BKRDh.shape
+  return x_BKRDh.reshape(B, K, H // K, -1, Dh).transpose(0, 3, 1, 2, 4).reshape(B, -1, H, Dh)

@@ -1,8 +1,31 @@
 """What the forms in chunks share: cutting a sequence up, putting it together, products of many small matrices."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+
+class Part(NamedTuple):
+  """Queries that are one of n parts of their rows, where the keys are those of whole rows: a chip's share of them."""
+
+  slots_nT: np.ndarray  # int32, where in the row the queries of each part stand; known when the program is built
+  index: jax.Array  # int32 scalar: which part this is
+  key_segments_BS: jax.Array  # int32
+
+  @property
+  def slots_T(self):
+    return jnp.asarray(self.slots_nT)[self.index]
+
+
+def places(segment_ids_BT, part=None):
+  """(slots [B, T] of the queries in their rows, (their segments [B, T], those of the keys [B, S])); all queries, or a
+  part of them."""
+  slots_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32) if part is None else part.slots_T
+  segments = segment_ids_BT, segment_ids_BT if part is None else part.key_segments_BS
+  return jnp.broadcast_to(slots_T[None], segment_ids_BT.shape), segments
 
 
 def split(x, chunk, fill=0):

@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas import sparse_pairs
-from mmx.kernels_pallas.chunks import join, kernel_product, split
+from mmx.kernels_pallas.chunks import join, kernel_product, places, split
 from mmx.kernels_pallas.sparse import MASKED, logsumexp_of_choices
 from mmx.kernels_pallas.sparse_tpu import PARAMS, TILE_ROWS, of_the_page, visible
 
@@ -41,7 +41,7 @@ PARTS = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 3}  # numbers of 8 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def selected_divergence_pallas(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT,
-                               block_size, interpret=False):
+                               block_size, interpret=False, part=None):
   """KL(P || P_idx) over each query's selected tokens: kl [B] float32; the meaning is `sparse.selected_divergence`'s.
 
   Args:
@@ -51,37 +51,39 @@ def selected_divergence_pallas(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, id
     logsumexp_BTKG: float32, of the attention's scores of each query over its blocks.
     segment_ids_BT: a query sees the tokens up to its own of its segment; queries of segment 0 are left out.
     interpret: as `pl.pallas_call` takes it.
+    part: None, or which of the row's queries these are: see `chunks.Part`.
 
   The gradient reaches index_q and index_k only, and is made on the way forward.
   """
   arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
-  return _forward(*arguments, block_size, interpret)[0]
+  return _forward(*arguments, block_size, interpret, part)[0]
 
 
 def _forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size,
-             interpret):
+             interpret, part=None):
   B, T, H, Dh = q_BTHDh.shape
   K, Di = index_q_BTKDi.shape[2:]
-  slots_BT = jnp.where(segment_ids_BT > 0, jnp.arange(T, dtype=jnp.int32)[None], -1)
-  segments = segment_ids_BT, segment_ids_BT
+  S = k_BTKDh.shape[1]
+  slots_BT, segments = places(segment_ids_BT, part)
+  slots_BT = jnp.where(segment_ids_BT > 0, slots_BT, -1)
   chunks, keys = sparse_pairs.sides(q_BTHDh, k_BTKDh, k_BTKDh, ids_BTKk, slots_BT, segments, block_size)
   c = chunks.q_BcHD.shape[2]
-  used_BT1 = jnp.arange(T, dtype=jnp.int32)[None, :, None] <= keys.last_B[:, None, None]
-  index_k_pbD = sparse_pairs.in_blocks(sparse_pairs.whole_lanes(jnp.where(used_BT1, index_k_BTDi, 0)), block_size)
+  used_BS1 = jnp.arange(S, dtype=jnp.int32)[None, :, None] <= keys.last_B[:, None, None]
+  index_k_pbD = sparse_pairs.in_blocks(sparse_pairs.whole_lanes(jnp.where(used_BS1, index_k_BTDi, 0)), block_size)
   D = index_k_pbD.shape[-1]
   diverge = functools.partial(_one_chunk, keys, index_k_pbD, (Dh**-0.5, Di**-0.5), interpret)
   start = jnp.zeros((*index_k_pbD.shape[:2], K * D), jnp.float32)
   index_q = split(sparse_pairs.whole_lanes(index_q_BTKDi), c)
   logsumexp = split(logsumexp_BTKG.reshape(B, T, H), c)
   dindex_k, (kl, dindex_q) = lax.scan(diverge, start, (chunks, index_q, logsumexp))
-  dindex_k_BTDi = jnp.sum(dindex_k.reshape(B, -1, K, D), axis=2)[:, :T, :Di].astype(index_k_BTDi.dtype)
+  dindex_k_BTDi = jnp.sum(dindex_k.reshape(B, -1, K, D), axis=2)[:, :S, :Di].astype(index_k_BTDi.dtype)
   dindex = join(dindex_q, T)[..., :Di], dindex_k_BTDi
   return jnp.sum(kl, axis=0), checkpoint_name(dindex, 'mixer')
 
 
 def _backward(block_size, interpret, dindex, dkl_B):
   per_row = lambda x: x * dkl_B.reshape((-1,) + (1,) * (x.ndim - 1)).astype(x.dtype)
-  return None, None, *map(per_row, dindex), None, None, None
+  return None, None, *map(per_row, dindex), None, None, None, None
 
 
 selected_divergence_pallas.defvjp(_forward, _backward)

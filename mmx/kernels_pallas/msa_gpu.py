@@ -5,9 +5,8 @@ branch's divergence runs through XLA, over the same pairs of query and block, fr
 (`sparse.selected_divergence`): it is paid in training only, as nothing asks for it elsewhere.
 """
 
-import jax.numpy as jnp
-
 from mmx.kernels_pallas import index_gpu, sparse_gpu
+from mmx.kernels_pallas.chunks import places
 from mmx.kernels_pallas.sparse import attend_chosen_gather, selected_divergence
 
 
@@ -18,14 +17,12 @@ def unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k
 
 
 def msa_hopper(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k,
-               interpret=False):
+               interpret=False, part=None):
   """Sparse attention and the index branch's divergence from it: (out [B, T, H, Dh], kl [B]); see `reference.msa`.
 
-  `interpret` is False for the card, `hopper.simulator()` for tests.
+  `interpret` is False for the card, `hopper.simulator()` for tests; `part`: see `chunks.Part`.
   """
-  B, T = segment_ids_BT.shape
-  slots_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  segments = segment_ids_BT, segment_ids_BT
+  slots_BT, segments = places(segment_ids_BT, part)
   ids_BTKk = index_gpu.select_blocks_gpu(
       index_q_BTKDi, index_k_BTDi, slots_BT, segments, block_size, top_k, interpret=interpret
   )
@@ -33,7 +30,7 @@ def msa_hopper(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
       q_BTHDh, k_BTKDh, v_BTKDh, ids_BTKk, slots_BT, segments, block_size, interpret=interpret
   )
   kl_B = selected_divergence(
-      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size
+      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size, part
   )
   return out_BTHDh, kl_B
 

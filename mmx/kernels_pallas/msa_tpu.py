@@ -8,9 +8,9 @@ kernel, which wants keys as [B*P, b, K*Dh]: the cache is copied once, and then e
 """
 
 import jax
-import jax.numpy as jnp
 
 from mmx.kernels_pallas import decode_tpu, divergence_tpu, index_tpu, sparse_tpu
+from mmx.kernels_pallas.chunks import places
 
 # Times that the choices of T tokens cover the cache before it pays to copy it. In place a choice moves 2 blocks, of
 # keys and of values; copied, a block of the cache moves 6, and a choice its queries' rows: half a block with 16 heads.
@@ -24,14 +24,12 @@ def unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k
 
 
 def msa_pallas(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k,
-               interpret=False):
+               interpret=False, part=None):
   """Sparse attention and the index branch's divergence from it: (out [B, T, H, Dh], kl [B]); see `reference.msa`.
 
-  `interpret` runs the kernels on CPU, for tests.
+  `interpret` runs the kernels on CPU, for tests; `part`: see `chunks.Part`.
   """
-  B, T = segment_ids_BT.shape
-  slots_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  segments = segment_ids_BT, segment_ids_BT
+  slots_BT, segments = places(segment_ids_BT, part)
   ids_BTKk = index_tpu.select_blocks_pallas(
       index_q_BTKDi, index_k_BTDi, slots_BT, segments, block_size, top_k, interpret=interpret
   )
@@ -39,7 +37,8 @@ def msa_pallas(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
       q_BTHDh, k_BTKDh, v_BTKDh, ids_BTKk, slots_BT, segments, block_size, interpret=interpret
   )
   kl_B = divergence_tpu.selected_divergence_pallas(
-      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size, interpret
+      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size, interpret,
+      part,
   )
   return out_BTHDh, kl_B
 

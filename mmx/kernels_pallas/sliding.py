@@ -21,8 +21,11 @@ from mmx.kernels_pallas.chunks import join, product, split
 NOWHERE = -1  # segment and position of a key that is not there
 
 
-def sliding_chunked(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, window, sink_tokens=0, past=None):
+def sliding_chunked(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, window, sink_tokens=0, past=None,
+                    start=None):
   """See `reference.sliding`, with the same arguments.
+
+  With `start` (an int, traced or not) all but q are of S >= T tokens, and the queries are those from there on.
 
   Differentiated as it stands: jax.checkpoint makes a chunk's scores again in the backward pass, so that no scores are
   kept, only the carried keys: k and v, W/c times. On CPU that takes 0.4 to 0.8 of the time of a backward pass by hand
@@ -31,20 +34,22 @@ def sliding_chunked(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, win
   B, T, H, Dh = q_BTHDh.shape
   K = k_BTKDh.shape[2]
   chunk = min(T, max(16, window // 4))
-  heads_first = lambda a_BTKDh: split(a_BTKDh, chunk).swapaxes(2, 3)
-  q_NBKRDh = heads_first(q_BTHDh * Dh**-0.5).reshape(-1, B, K, H // K * chunk, Dh)
-  own = heads_first(k_BTKDh), heads_first(v_BTKDh), split(segment_ids_BT, chunk), split(positions_BT, chunk)
+  every, P = (k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT), 0
+  if past:
+    past = _in_order(past, every)
+    start = P = past[0].shape[1]
+    every = tuple(jnp.concatenate(pair, axis=1) for pair in zip(past, every))
+  start = 0 if start is None else start
+  own = (split(jax.lax.dynamic_slice_in_dim(a, start, T, axis=1), chunk) for a in every)
+  own = tuple(a.swapaxes(2, 3) if a.ndim == 5 else a for a in own)
+  q_NBKRDh = split(q_BTHDh * Dh**-0.5, chunk).swapaxes(2, 3).reshape(-1, B, K, H // K * chunk, Dh)
 
-  new = k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT
-  past = _in_order(past, new) if past else tuple(a[:, :0] for a in new)
-  P = past[0].shape[1]
-  carried = min(window - 1, P + T - 1)
-  before = tuple(_last(a, carried, fill) for a, fill in zip(past, (0, 0, NOWHERE, NOWHERE)))
-  before = *(a.swapaxes(1, 2) for a in before[:2]), *before[2:]
+  carried = min(window - 1, every[0].shape[1] - 1)
+  before = (_before(a, start, carried, fill) for a, fill in zip(every, (0, 0, NOWHERE, NOWHERE)))
+  before = tuple(a.swapaxes(1, 2) if a.ndim == 4 else a for a in before)
   sinks = ()
   if sink_tokens:
-    every = tuple(jnp.concatenate(pair, axis=1) for pair in zip(past, new)) if P else new
-    sinks = _sinks(every, P, P - carried + jnp.arange(q_NBKRDh.shape[0]) * chunk, sink_tokens)
+    sinks = _sinks(every, P, start - carried + jnp.arange(q_NBKRDh.shape[0]) * chunk, sink_tokens)
   step = functools.partial(_one_chunk, window, sink_tokens)
   _, out_NBKRDh = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), before, (q_NBKRDh, own, sinks))
   out_NBHcDh = out_NBKRDh.reshape(-1, B, H, chunk, Dh)
@@ -105,11 +110,10 @@ def _attend(q_BKRDh, k_BKSDh, v_BKSDh, seen_BcS):
 # which keys a chunk gets
 
 
-def _last(a_BP, count, fill):
-  """The last `count` along axis 1, with `fill` in front where there are fewer."""
-  a_BP = a_BP[:, max(a_BP.shape[1] - count, 0):]
-  missing = ((0, 0), (count - a_BP.shape[1], 0)) + ((0, 0),) * (a_BP.ndim - 2)
-  return jnp.pad(a_BP, missing, constant_values=fill)
+def _before(a_BS, start, count, fill):
+  """The `count` before `start` along axis 1, with `fill` in front where there are fewer."""
+  missing = ((0, 0), (count, 0)) + ((0, 0),) * (a_BS.ndim - 2)
+  return jax.lax.dynamic_slice_in_dim(jnp.pad(a_BS, missing, constant_values=fill), start, count, axis=1)
 
 
 def _in_order(past, new):

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mmx.kernels_pallas.chunks import join, product, split
+from mmx.kernels_pallas.chunks import join, places, product, split
 
 SPAN = 2048  # index keys scored at once: 1 MiB at Di = 128 stays in the cache that the copied slice is read from
 SELECT_ELEMENTS = 2**21  # index scores at once, B*c*K*SPAN
@@ -60,8 +60,8 @@ class Queries(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def msa_gather(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k):
-  """Sparse attention and the index branch's divergence from it; see `reference.msa`.
+def msa_gather(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k, part=None):
+  """Sparse attention and the index branch's divergence from it; see `reference.msa`, and `chunks.Part`.
 
   Attention gives no gradient to the index branch and the divergence none to anything else, so the two gradients are
   made apart: that of the divergence in closed form on the way forward, P_idx - P on the support, while the teacher P is
@@ -70,7 +70,7 @@ def msa_gather(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
   Returns:
     out [B, T, H, Dh], and kl [B] float32, summed over a row's kv heads and its queries of segments above 0.
   """
-  return _forward(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k)[0]
+  return _forward(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k, part)[0]
 
 
 def msa_cached_gather(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k):
@@ -389,26 +389,20 @@ def _divergence(queries, keys, tiles, logsumexp_NG, dindex_k_BPbDi):
 # all chunks
 
 
-def _slots(segment_ids_BT):
-  B, T = segment_ids_BT.shape
-  return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-
-
-def _sides(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, b, top_k):
+def _sides(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, part, b, top_k):
   """Queries in chunks, keys in blocks."""
   c = _chunk_length(q_BTHDh, top_k)
-  slots_BT = _slots(segment_ids_BT)
+  slots_BT, (_, key_segments) = places(segment_ids_BT, part)
   chunks = Queries(split(q_BTHDh, c), split(index_q_BTKDi, c), split(slots_BT, c, -1), split(segment_ids_BT, c))
   heads_first = lambda a: None if a is None else jnp.moveaxis(_blocks(a, b), 3, 1)
   keys_of_heads = heads_first(k_BTKDh), heads_first(v_BTKDh)
-  return chunks, Keys(*keys_of_heads, _blocks(index_k_BTDi, b), _blocks(segment_ids_BT, b))
+  return chunks, Keys(*keys_of_heads, _blocks(index_k_BTDi, b), _blocks(key_segments, b))
 
 
-def _forward(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k):
+def _forward(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k, part=None):
   T = q_BTHDh.shape[1]
-  inputs = q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT
-  segments = segment_ids_BT, segment_ids_BT
-  ids_BTKk = select_blocks(index_q_BTKDi, index_k_BTDi, _slots(segment_ids_BT), segments, block_size, top_k)
+  inputs = q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, part
+  ids_BTKk = select_blocks(index_q_BTKDi, index_k_BTDi, *places(segment_ids_BT, part), block_size, top_k)
   chunks, keys = _sides(*inputs, block_size, top_k)
   ids = split(ids_BTKk, chunks.slot_Bc.shape[2], -1)
 
@@ -449,7 +443,7 @@ def _backward(block_size, top_k, residuals, cotangents):
   (dk, dv), dq = lax.scan(one_chunk, start, chunks)
   return (
       join(dq, q_BTHDh.shape[1]), _unblock(jnp.moveaxis(dk, 1, 3), k_BTKDh), _unblock(jnp.moveaxis(dv, 1, 3), v_BTKDh),
-      _per_row(dkl_B, dindex_q_BTKDi), _per_row(dkl_B, dindex_k_BTDi), None,
+      _per_row(dkl_B, dindex_q_BTKDi), _per_row(dkl_B, dindex_k_BTDi), None, None,
   )
 
 
@@ -458,7 +452,7 @@ msa_gather.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def selected_divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT,
-                        block_size):
+                        block_size, part=None):
   """The divergence of `msa_gather` alone, for attention that was computed elsewhere: kl [B] float32.
 
   Args:
@@ -468,13 +462,13 @@ def selected_divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk,
   The gradient reaches the index branch only, in closed form, and is made on the way forward.
   """
   arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
-  return _divergence_forward(*arguments, block_size)[0]
+  return _divergence_forward(*arguments, block_size, part)[0]
 
 
 def _divergence_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT,
-                        block_size):
+                        block_size, part=None):
   T, k = q_BTHDh.shape[1], ids_BTKk.shape[-1]
-  chunks, keys = _sides(q_BTHDh, k_BTKDh, None, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, k)
+  chunks, keys = _sides(q_BTHDh, k_BTKDh, None, index_q_BTKDi, index_k_BTDi, segment_ids_BT, part, block_size, k)
   c = chunks.slot_Bc.shape[2]
 
   def one_chunk(dindex_k_BPbDi, chunk):
@@ -493,7 +487,7 @@ def _divergence_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk,
 def _divergence_backward(block_size, residuals, dkl_B):
   q_BTHDh, k_BTKDh, logsumexp_BTKG, dindex = residuals
   teacher = jnp.zeros_like(q_BTHDh), jnp.zeros_like(k_BTKDh)
-  return *teacher, *(_per_row(dkl_B, a) for a in dindex), None, jnp.zeros_like(logsumexp_BTKG), None
+  return *teacher, *(_per_row(dkl_B, a) for a in dindex), None, jnp.zeros_like(logsumexp_BTKG), None, None
 
 
 selected_divergence.defvjp(_divergence_forward, _divergence_backward)
@@ -504,27 +498,31 @@ selected_divergence.defvjp(_divergence_forward, _divergence_backward)
 
 
 @jax.custom_vjp
-def msa_prefix_kl_gather(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT):
+def msa_prefix_kl_gather(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, part=None):
   """The divergence of the dense warm-up, see `reference.msa_prefix_kl`: T^2 work on [B, H, c, T] of memory.
 
-  As in `msa_gather`, its gradient is made on the way forward.
+  As in `msa_gather`, its gradient is made on the way forward. A part of a row scores all of its keys, as where it
+  stands is not known when the program is built.
   """
-  return _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT)[0]
+  return _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, part)[0]
 
 
-def _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT):
+def _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, part=None):
   B, T, H, Dh = q_BTHDh.shape
   K, Di = index_q_BTKDi.shape[2:]
-  chunk = max(1, min(PREFIX_CHUNK, PREFIX_ELEMENTS // (B * H * T)))
-  span = -(-T // (8 * chunk)) * chunk  # queries that get the same prefix: an eighth, so that a 16th of it is future
+  S = k_BTKDh.shape[1]
+  chunk = max(1, min(PREFIX_CHUNK, PREFIX_ELEMENTS // (B * H * S)))
+  eighth = -(-T // (8 * chunk)) * chunk  # queries that get the same prefix, so that a 16th of it is future
+  span = eighth if part is None else T
   einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  slots_BT = _slots(segment_ids_BT)
+  slots_BT, (_, key_segments_BS) = places(segment_ids_BT, part)
+  key_slots_1S = jnp.arange(S, dtype=jnp.int32)[None]
   k_BKTDh = k_BTKDh.transpose(0, 2, 1, 3)
 
   def one_chunk(end, dindex_k_BTDi, queries):
     q_BcHDh, index_BcKDi, slot_Bc, segment_Bc = queries
-    visible_BcS = slots_BT[:, None, :end] <= slot_Bc[..., None]
-    visible_BcS &= segment_ids_BT[:, None, :end] == segment_Bc[..., None]
+    visible_BcS = key_slots_1S[:, None, :end] <= slot_Bc[..., None]
+    visible_BcS &= key_segments_BS[:, None, :end] == segment_Bc[..., None]
     masked = lambda scores, visible: jnp.where(visible, scores, MASKED)
     q_BKGcDh = q_BcHDh.reshape(B, -1, K, H // K, Dh).transpose(0, 2, 3, 1, 4)
     scores = einsum('bkgcd,bksd->bkgcs', q_BKGcDh, k_BKTDh[:, :, :end]) * Dh**-0.5
@@ -538,12 +536,13 @@ def _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_B
     dindex_k_BTDi = dindex_k_BTDi.at[:, :end].add(einsum('bkcs,bcki->bsi', dscores, index_BcKDi))
     return dindex_k_BTDi, (kl_B, einsum('bkcs,bsi->bcki', dscores, index_k_BTDi[:, :end]))
 
-  kl_B, dindex_q, dindex_k_BTDi = jnp.zeros(B), [], jnp.zeros((B, T, Di))
+  kl_B, dindex_q, dindex_k_BTDi = jnp.zeros(B), [], jnp.zeros((B, S, Di))
   for start in range(0, T, span):
     end = min(start + span, T)
     pieces = (q_BTHDh, 0), (index_q_BTKDi, 0), (slots_BT, -1), (segment_ids_BT, 0)
     chunks = Queries(*(split(a[:, start:end], chunk, fill) for a, fill in pieces))
-    dindex_k_BTDi, (kl, dq) = lax.scan(functools.partial(one_chunk, end), dindex_k_BTDi, chunks)
+    seen = end if part is None else S
+    dindex_k_BTDi, (kl, dq) = lax.scan(functools.partial(one_chunk, seen), dindex_k_BTDi, chunks)
     kl_B += jnp.sum(kl, axis=0)
     dindex_q.append(join(dq, end - start))
   dindex_q_BTKDi = jnp.concatenate(dindex_q, axis=1).astype(index_q_BTKDi.dtype)
@@ -552,7 +551,7 @@ def _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_B
 
 def _prefix_backward(residuals, dkl_B):
   q_BTHDh, k_BTKDh, *dindex = residuals
-  return jnp.zeros_like(q_BTHDh), jnp.zeros_like(k_BTKDh), *(_per_row(dkl_B, a) for a in dindex), None
+  return jnp.zeros_like(q_BTHDh), jnp.zeros_like(k_BTKDh), *(_per_row(dkl_B, a) for a in dindex), None, None
 
 
 msa_prefix_kl_gather.defvjp(_prefix_forward, _prefix_backward)
@@ -583,11 +582,12 @@ def msa_recall_sample(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids
   K = k_BTKDh.shape[2]
   stride = -(-T // RECALL_QUERIES)
   sampled = lambda a: a[:, (T - 1) % stride :: stride]
-  slots_Bn, segments_Bn = sampled(_slots(segment_ids_BT)), sampled(segment_ids_BT)
+  slots_BT, _ = places(segment_ids_BT)
+  slots_Bn, segments_Bn = sampled(slots_BT), sampled(segment_ids_BT)
   n = slots_Bn.shape[1]
   q_BnKGDh = sampled(q_BTHDh).reshape(B, n, K, H // K, Dh)
   scores = jnp.einsum('bnkgd,bskd->bnkgs', q_BnKGDh, k_BTKDh, preferred_element_type=jnp.float32) * Dh**-0.5
-  visible_BnT = _slots(segment_ids_BT)[:, None] <= slots_Bn[..., None]
+  visible_BnT = slots_BT[:, None] <= slots_Bn[..., None]
   visible_BnT &= segment_ids_BT[:, None] == segments_Bn[..., None]
   teacher = jnp.mean(jax.nn.softmax(jnp.where(visible_BnT[:, :, None, None], scores, MASKED), axis=-1), axis=3)
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from mmx import sharding
 from mmx.config import ModelConfig
 from mmx.kernels_pallas import api
+from mmx.layers import context_parallel
 from mmx.layers.context import Context
 from mmx.layers.norm import norm
 from mmx.layers.rope import rotary_angles, rotate
@@ -29,9 +30,9 @@ class Attention(nn.Module):
     """x [B, T, D] -> (y [B, T, D], the cache with these tokens, None)."""
     q_BTHDh, k_BTKDh, v_BTKDh, _, kept = project(self, self.model, x_BTD, context, cache, self.mesh)
     if cache is None:
-      out_BTHDh = api.attend(
-          q_BTHDh, k_BTKDh, v_BTKDh, context.segment_ids_BT, implementation=self.model.attention.implementation,
-          platform=sharding.platform_of(self.mesh), mesh=self.mesh,
+      out_BTHDh = context_parallel.attend(
+          q_BTHDh, k_BTKDh, v_BTKDh, context.segment_ids_BT, mesh=self.mesh,
+          implementation=self.model.attention.implementation, platform=sharding.platform_of(self.mesh),
       )
     else:
       cache = kept | append({name: cache[name] for name in 'kv'}, {'k': k_BTKDh, 'v': v_BTKDh}, context)
@@ -97,7 +98,7 @@ def project(module, model: ModelConfig, x_BTD, context: Context, cache, mesh):
     q_BTHDh = norm(module, 'q_norm', model.norm, q_BTHDh, model.norm_eps)
     k_BTKDh = norm(module, 'k_norm', model.norm, k_BTKDh, model.norm_eps)
   q_BTHDh, k_BTKDh = rotated(model, context, q_BTHDh), rotated(model, context, k_BTKDh)
-  return sharding.constrain(q_BTHDh, mesh, 'batch', None, 'heads', None), k_BTKDh, v_BTKDh, keys_x_BTD, kept
+  return sharding.constrain(q_BTHDh, mesh, 'batch', 'length', 'heads', None), k_BTKDh, v_BTKDh, keys_x_BTD, kept
 
 
 def rotated(model: ModelConfig, context: Context, x_BTHDh):

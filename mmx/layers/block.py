@@ -49,7 +49,7 @@ class Block(nn.Module):
       y_BTD, ffn_aux = MLP(m.d_ff, m.activation, out_scale, name='ffn')(normed_BTD), None
     x_BTD = add_branch(m, 'ffn', x_BTD, normed_BTD, y_BTD)
     aux = {name: value for name, value in (('mixer', mixer_aux), ('ffn', ffn_aux)) if value is not None}
-    return sharding.constrain(x_BTD, self.mesh, 'batch', None, None), cache, aux
+    return sharding.constrain(x_BTD, self.mesh, 'batch', 'length', None), cache, aux
 
 
 def add_branch(model: ModelConfig, kind, x, normed, branch):

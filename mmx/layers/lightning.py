@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 from mmx import sharding
 from mmx.config import ModelConfig, num_layers
 from mmx.kernels_pallas import api
+from mmx.layers import context_parallel
 from mmx.layers.attention import init_shift, key_init, project_out, shift_keys
 from mmx.layers.context import Context
 from mmx.layers.norm import norm
@@ -56,7 +57,7 @@ class Lightning(nn.Module):
     keys_x_BTD, kept = shift_keys(self, m, x_BTD, context, cache)
     heads = lambda x_BTD, w: jnp.einsum('btd,dhe->bthe', x_BTD, w.astype(x_BTD.dtype))
     q_BTHDh, k_BTHDh, v_BTHDh = (
-        sharding.constrain(jax.nn.silu(heads(x, w)), self.mesh, 'batch', None, 'heads', None)
+        sharding.constrain(jax.nn.silu(heads(x, w)), self.mesh, 'batch', 'length', 'heads', None)
         for x, w in ((x_BTD, w_q), (keys_x_BTD, w_k), (x_BTD, w_v))
     )
     state = () if cache is None else (_state_before(cache, context),)
@@ -69,17 +70,28 @@ class Lightning(nn.Module):
     return project_out(self, gated_BTHDh, D, self.out_scale), cache, None
 
   def _sharded(self, *inputs):
-    """(o, state) on each device's rows and heads: kernels are nothing that the partitioner could cut."""
+    """(o, state) on each device's rows, tokens and heads: kernels are nothing that the partitioner could cut.
+
+    Where rows are split over devices there is one state for each; they serve training only, which reads none.
+    """
     c, mesh = self.model.lightning, self.mesh
     choice = {'implementation': c.implementation, 'platform': sharding.platform_of(mesh)}
     function = functools.partial(api.lightning, chunk=c.chunk, **choice)
     if mesh is None or mesh.size == 1:
       return function(*inputs)
-    B, _, H, _ = inputs[0].shape
-    rows, heads = sharding.spec_of(('batch', 'heads'), (B, H), mesh)
-    tokens, state = P(rows, None, heads, None), P(rows, heads, None, None)
-    specs = (tokens, tokens, tokens, P(heads), P(rows, None), state)[: len(inputs)]
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=(tokens, state), check_vma=False)(*inputs)
+    shards = context_parallel.ways(mesh)
+
+    def shard(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, *state):
+      o_BTHDh, state_BHDhDh = function(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, *state)
+      if shards > 1:
+        told = q_BTHDh, state_BHDhDh, slopes_H, segment_ids_BT
+        o_BTHDh = context_parallel.add_state_before(o_BTHDh, *told, shards)
+      return o_BTHDh, state_BHDhDh
+
+    rows, length, heads = sharding.spec_of(('batch', 'length', 'heads'), inputs[0].shape[:3], mesh)
+    tokens, state = P(rows, length, heads, None), P(rows, heads, None, None)
+    specs = (tokens, tokens, tokens, P(heads), P(rows, length), state)[: len(inputs)]
+    return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(tokens, state), check_vma=False)(*inputs)
 
 
 def init_cache(model: ModelConfig, batch_size: int, max_length: int, dtype):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from mmx import sharding
 from mmx.config import ModelConfig
 from mmx.kernels_pallas import api
+from mmx.layers import context_parallel
 from mmx.layers.attention import init_shift, project, project_out
 from mmx.layers.context import Context
 
@@ -35,10 +36,12 @@ class Sliding(nn.Module):
       slots = cache['k'], cache['v'], cache['positions']
       out_BTHDh = api.sliding_slots(q_BTHDh, *slots, context.positions_BT, **sight)
     else:
-      out_BTHDh = api.sliding(
-          q_BTHDh, k_BTKDh, v_BTKDh, context.segment_ids_BT, context.positions_BT, **sight, past=past,
-          implementation=c.implementation, platform=sharding.platform_of(self.mesh),
-      )
+      choice = {'implementation': c.implementation, 'platform': sharding.platform_of(self.mesh)}
+      new = q_BTHDh, k_BTKDh, v_BTKDh, context.segment_ids_BT, context.positions_BT
+      if past:
+        out_BTHDh = api.sliding(*new, **sight, past=past, **choice)
+      else:
+        out_BTHDh = context_parallel.slide(*new, **sight, mesh=self.mesh, **choice)
     return project_out(self, out_BTHDh, x_BTD.shape[-1], self.out_scale), cache, None
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 from mmx import sharding
 from mmx.config import ModelConfig
 from mmx.kernels_pallas import api
-from mmx.layers import attention
+from mmx.layers import attention, context_parallel
 from mmx.layers.context import Context
 from mmx.layers.norm import norm
 from mmx.sharding import fan_in_normal, param
@@ -84,17 +84,23 @@ class SparseAttention(nn.Module):
     """Attention [B, T, H, Dh] and IndexAux, sparse or, in the warm-up, dense."""
     c = self.model.msa
 
-    def sparse(q, k, v, index_q, index_k, segment_ids):
-      function = functools.partial(api.msa, **self._choice())
-      return self._sharded(function, (True, False), q, k, v, index_q, index_k, segment_ids)
+    def sparse(*inputs):
+      def shard(q, k, v, index_q, index_k, segment_ids):
+        part, k, v, index_k = context_parallel.whole_rows(self.mesh, segment_ids, k, v, index_k)
+        return api.msa(q, k, v, index_q, index_k, segment_ids, part=part, **self._choice())
+
+      return self._sharded(shard, (True, False), *inputs)
 
     def dense(q, k, v, index_q, index_k, segment_ids):
-      out = api.attend(
-          q, k, v, segment_ids, implementation=self.model.attention.implementation,
-          platform=sharding.platform_of(self.mesh), mesh=self.mesh,
+      def shard(q, k, index_q, index_k, segment_ids):
+        part, k, index_k = context_parallel.whole_rows(self.mesh, segment_ids, k, index_k)
+        return (api.msa_prefix_kl(q, k, index_q, index_k, segment_ids, implementation=c.implementation, part=part),)
+
+      out = context_parallel.attend(
+          q, k, v, segment_ids, mesh=self.mesh, implementation=self.model.attention.implementation,
+          platform=sharding.platform_of(self.mesh),
       )
-      function = lambda *inputs: (api.msa_prefix_kl(*inputs, implementation=c.implementation),)
-      return out, *self._sharded(function, (False,), q, k, index_q, index_k, segment_ids)
+      return out, *self._sharded(shard, (False,), q, k, index_q, index_k, segment_ids)
 
     out, kl = sparse(*inputs) if warmup is None else jax.lax.cond(warmup, dense, sparse, *inputs)
     q, k, _, index_q, index_k, segment_ids = inputs
@@ -104,7 +110,8 @@ class SparseAttention(nn.Module):
     return out, IndexAux(jnp.sum(kl) / queries, block_recall, score_recall)
 
   def _sharded(self, function, are_heads, *inputs, cached=False):
-    """Runs `function` on each device's rows and kv heads; its outputs are [B, T, heads, ...], or [B] sums over heads.
+    """Runs `function` on each device's rows, tokens and kv heads; its outputs are [B, T, heads, ...], or sums [B] over
+    tokens and heads.
 
     Inputs with heads are [B, T, heads, ...], and where they are `cached` the second and third [B, heads, S, ...].
     Left to the partitioner, sorting and gathering pairs of all rows together would collect them on every device.
@@ -113,18 +120,18 @@ class SparseAttention(nn.Module):
       return function(*inputs)
     q_BTHDh, keys = inputs[:2]
     K = keys.shape[1 if cached else 2]
-    rows, heads = sharding.spec_of(('batch', 'kv_heads'), (q_BTHDh.shape[0], K), self.mesh)
-    in_specs = [P(rows, None, heads, None) if a.ndim == 4 else P(rows) for a in inputs]
+    rows, tokens, heads = sharding.spec_of(('batch', 'length', 'kv_heads'), (*q_BTHDh.shape[:2], K), self.mesh)
+    in_specs = [P(rows, tokens, heads, None) if a.ndim == 4 else P(rows, tokens) for a in inputs]
     if cached:
       in_specs[1:3] = [P(rows, heads, None, None)] * 2
     local = lambda *inputs: tuple(
-        out if is_heads else out[:, None] for out, is_heads in zip(function(*inputs), are_heads)
+        out if is_heads else out[:, None, None] for out, is_heads in zip(function(*inputs), are_heads)
     )
-    out_specs = tuple(P(rows, None, heads, None) if is_heads else P(rows, heads) for is_heads in are_heads)
+    out_specs = tuple(P(rows, tokens, heads, None) if is_heads else P(rows, tokens, heads) for is_heads in are_heads)
     outs = jax.shard_map(
         local, mesh=self.mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
     )(*inputs)
-    return tuple(out if is_heads else jnp.sum(out, axis=1) for out, is_heads in zip(outs, are_heads))
+    return tuple(out if is_heads else jnp.sum(out, axis=(1, 2)) for out, is_heads in zip(outs, are_heads))
 
 
 def init_cache(model: ModelConfig, batch_size: int, max_length: int, dtype):

@@ -1,0 +1,157 @@
+"""Rows split over shards of the axis 'context' against one device: each mixer, and what travels between its shards."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import PartitionSpec as P
+from one_mixer import close, packed, randomised
+
+from mmx import sharding
+from mmx.config import ConfigError, MeshConfig
+from mmx.layers import context_parallel
+from mmx.layers.mixer import MIXERS
+from mmx.model import Decoder, init_cache
+
+LENGTH = 48  # 6 tokens a shard of 8, 12 of 4
+SMALL = {
+    'model__sliding__window': 9, 'model__lightning__num_heads': 4, 'model__lightning__head_dim': 8,
+    'model__lightning__chunk': 8, 'model__msa__block_size': 4, 'model__msa__top_k': 3, 'model__msa__index_dim': 8,
+}  # fmt: skip
+
+
+def mesh_of(shards):
+  return sharding.build_mesh(MeshConfig(fsdp=1, context=shards, num_devices=shards))
+
+
+def rows(*documents, length=LENGTH):
+  """Packed rows, each with documents of these lengths, padding behind."""
+  contexts = [packed(*lengths, padding=length - sum(lengths)) for lengths in documents]
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *contexts)
+
+
+ROWS = {
+    'one document': rows((LENGTH,), (LENGTH,)),
+    'ends on the edges': rows((12, 24, 12), (6, 6, 36)),
+    'ends within shards': rows((5, 1, 25, 17), (13, 30, 5)),
+    'shards of padding': rows((11, 4), (23,)),
+}
+
+
+class Case:
+  """A mixer and its parameters; `results(shards)` is compiled once for all packings."""
+
+  def __init__(self, name, overrides=(), length=LENGTH):
+    self.model, self.name = tiny.experiment(**SMALL | dict(overrides)).model, name
+    self.x_BTD = jax.random.normal(jax.random.key(0), (2, length, self.model.d_model))
+    context = rows((length,), (length,), length=length)
+    self.tree = randomised(self._layer(1).init(jax.random.key(1), self.x_BTD, context, 0, None), seed=2)
+
+  def _layer(self, shards):
+    return MIXERS[self.name].layer(self.model, 1.0, None if shards == 1 else mesh_of(shards))
+
+  @functools.cache
+  def results(self, shards):
+    """f(context) -> gradients by all parameters and the input, of a loss that weighs each output, y, and aux."""
+    mixer = self._layer(shards)
+
+    def loss(tree, x_BTD, context):
+      y_BTD, _, aux = mixer.apply(tree, x_BTD, context, jnp.int32(1), None)
+      y_BTD = jnp.where(context.segment_ids_BT[..., None] > 0, y_BTD, 0)
+      total = jnp.sum(y_BTD * jnp.cos(jnp.arange(y_BTD.size, dtype=jnp.float32).reshape(y_BTD.shape)))
+      return total + (0 if aux is None else 10 * aux.kl), (y_BTD, aux)
+
+    compiled = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    return lambda context: compiled(self.tree, self.x_BTD, context)
+
+
+@functools.cache
+def case(name, *overrides, length=LENGTH):
+  return Case(name, overrides, length)
+
+
+@pytest.mark.parametrize('documents', ROWS)
+@pytest.mark.parametrize('name', MIXERS)
+def test_shards_of_a_row_equal_one_device_in_values_and_gradients(name, documents):
+  both = case(name)
+  jax.tree.map(close, both.results(4)(ROWS[documents]), both.results(1)(ROWS[documents]))
+
+
+VARIANTS = {
+    'full, odd shards': ('full', 33, 3, {}),
+    'full, spans that reach back': ('full', 600, 4, {}),
+    'sliding, sinks': ('sliding', LENGTH, 4, {'model__sliding__sink_tokens': 3}),
+    'sliding, a window over shards': ('sliding', LENGTH, 8, {'model__sliding__window': 17}),
+    'sliding, a window over all': ('sliding', LENGTH, 4, {'model__sliding__window': 48}),
+    'lightning, one chunk a shard': ('lightning', LENGTH, 8, {}),
+    'msa, blocks over edges': ('msa', 36, 4, {'model__msa__block_size': 5}),
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_odd_lengths_windows_sinks_and_blocks_over_edges_equal_one_device(variant):
+  name, length, shards, overrides = VARIANTS[variant]
+  both, third = case(name, *overrides.items(), length=length), length // 3
+  context = rows((third, length - third), (1, third, third + 1), length=length)
+  jax.tree.map(close, both.results(shards)(context), both.results(1)(context))
+
+
+@pytest.mark.parametrize('name', ['full', 'lightning'])
+def test_the_key_before_the_first_of_a_shard_is_the_last_of_the_one_before(name):
+  both = case(name, ('model__key_shift', 'learned'))
+  documents = ROWS['ends within shards']
+  jax.tree.map(close, both.results(4)(documents), both.results(1)(documents))
+
+
+@pytest.mark.parametrize('warmup', [False, True])
+def test_the_warm_up_of_an_index_branch_sees_whole_rows(warmup):
+  both = case('msa')
+  context = ROWS['ends within shards'].replace(warmup=jnp.bool_(warmup))
+  jax.tree.map(close, both.results(4)(context), both.results(1)(context))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what travels
+
+
+@pytest.mark.parametrize('shards', [2, 3, 4, 5, 8])
+def test_swapped_slices_share_the_keys_evenly_and_come_back(shards):
+  T = 6
+  slots_nT = context_parallel.swapped_slots(shards, T)
+  np.testing.assert_array_equal(np.sort(slots_nT.reshape(-1)), np.arange(shards * T))
+  seen_n = (slots_nT + 1).sum(axis=1)
+  assert len(set(seen_n)) == 1, 'keys that the queries of each shard see'
+
+  def there_and_back(x_BT):
+    swapped_BT = context_parallel.swap(x_BT, shards)
+    return swapped_BT, context_parallel.swap(swapped_BT, shards, back=True)
+
+  spec = P(None, 'context')
+  run = jax.shard_map(there_and_back, mesh=mesh_of(shards), in_specs=spec, out_specs=spec, check_vma=False)
+  row_BT = jnp.arange(shards * T)[None]
+  swapped, back = jax.jit(run)(row_BT)
+  np.testing.assert_array_equal(swapped[0], slots_nT.reshape(-1))
+  np.testing.assert_array_equal(back, row_BT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+
+def test_rows_that_do_not_divide_and_caches_are_refused_in_one_line():
+  model, tokens_BT = tiny.BASE.model, jnp.zeros((1, 6), jnp.int32)
+  decoder = Decoder(model, mesh_of(4))
+  with pytest.raises(ConfigError, match=r'^a row of 6 tokens \(data.seq_len\) does not divide by mesh.context = 4'):
+    decoder.init(jax.random.key(0), tokens_BT, tokens_BT, tokens_BT)
+  with pytest.raises(ConfigError, match='^mesh.context = 4: generation holds whole sequences; set mesh.context = 1'):
+    decoder.init(jax.random.key(0), tokens_BT[:, :4], tokens_BT[:, :4], tokens_BT[:, :4], init_cache(model, 1, 8))
+
+
+@pytest.mark.parametrize('name', ['full', 'sliding', 'msa'])
+def test_an_implementation_that_serves_whole_rows_only_says_so(name):
+  field = {'full': 'attention'}.get(name, name)
+  with pytest.raises(ValueError, match="implementation 'reference' cannot be used here: serves whole rows only"):
+    case(name, (f'model__{field}__implementation', 'reference')).results(4)(ROWS['one document'])
