@@ -100,3 +100,9 @@ def expand(
       raise ConfigError(f'two arms are named {arm!r}: {overrides_of[arm]} and {overrides}')
     arms[arm], overrides_of[arm] = override(base, overrides), overrides
   return arms
+
+
+if __name__ == '__main__':
+  from mmx import launch  # here: it stands on mmx.train, and this file on nothing but the config
+
+  launch.command()
