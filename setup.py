@@ -25,6 +25,8 @@ setup(
         'tokenizers>=0.21',
         'matplotlib>=3.9',
         'tqdm>=4.66',
+        'etils[epath]>=1.10',
+        'fsspec>=2025.3',
     ],
     extras_require={
         'test': ['pytest>=8', 'pytest-xdist>=3.6'],
@@ -33,5 +35,6 @@ setup(
         'aot': ['jax[tpu]>=0.10.2,<0.13', 'jax-cuda13-plugin>=0.10.2,<0.13', 'jax-cuda13-pjrt>=0.10.2,<0.13'],
         'tpu': ['jax[tpu]>=0.10.2,<0.13'],
         'cuda': ['jax[cuda13]>=0.10.2,<0.13'],
+        'gcs': ['gcsfs>=2025.3'],  # workdirs such as gs://bucket/run
     },
 )

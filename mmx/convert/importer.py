@@ -161,7 +161,7 @@ def import_checkpoint(
   """
   family, experiment = read_experiment(folder, overrides)
   plan = make_plan(folder, family, experiment.model)
-  sizes = [size for size in dataclasses.astuple(experiment.mesh)[:4] if size > 0]
+  sizes = [size for axis in config.MESH_AXES if (size := getattr(experiment.mesh, axis)) > 0]
   resolved = config.resolve_mesh(experiment.mesh, math.prod(sizes))
   mesh = jax.sharding.AbstractMesh(tuple(resolved.values()), tuple(resolved))
   abstract = checkpoint_params.abstract_variables(experiment.model, mesh)

@@ -8,13 +8,13 @@ import itertools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from etils import epath
 
-from mmx.metrics import RunWriter
+from mmx.metrics import RunWriter, write_whole
 from mmx.report import (
     CONFIDENCE,
     Difference,
@@ -165,16 +165,15 @@ def append(root: str | os.PathLike, arms: Sequence[str] | None = None) -> str:
   Returns:
     the table for the terminal; '' where no run has scores, and then nothing is written.
   """
-  root = pathlib.Path(root)
+  root = epath.Path(root)
   table = Table(load_results(root, arms))
   if not table.cells:
     return ''
   png, markdown = table.heat_map(), table.to_markdown()
-  (root / 'ruler.png').write_bytes(png)
-  with open(root / 'summary.md', 'a') as summary:
-    summary.write(f'\n{markdown}')
+  write_whole(root / 'ruler.png', png)
+  write_whole(root / 'summary.md', (root / 'summary.md').read_text() + f'\n{markdown}')
   content = json.loads((root / 'summary.json').read_text()) | {'ruler': nan_to_none(table.to_json())}
-  (root / 'summary.json').write_text(json.dumps(content, indent=2, allow_nan=False) + '\n')
+  write_whole(root / 'summary.json', json.dumps(content, indent=2, allow_nan=False) + '\n')
   writer = RunWriter(root / 'summary' / 'ruler')
   writer.text('ruler', markdown)
   writer.image(0, 'ruler', png)

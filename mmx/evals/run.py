@@ -115,13 +115,11 @@ def _likeliest(model, params, router, mesh, documents, tokens_at_once):
   count, length = columns['tokens'].shape
   shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
   rows = -(-max(tokens_at_once // length, 1) // shards) * shards
-  local = rows // jax.process_count()
   answer, found = _program(model, mesh, most), []
   for start in range(0, count, rows):
-    mine = np.arange(start + jax.process_index() * local, start + (jax.process_index() + 1) * local) % count
-    batch = {name: column[mine] for name, column in columns.items()}
+    batch = {name: column[np.arange(start, start + rows) % count] for name, column in columns.items()}
     # Fetched one by one: programs with collectives that queue on the few threads of a CPU wait for each other for ever.
-    found.append(np.asarray(answer(params, router, distributed.put_batch(batch, mesh, sharding.batch_spec()))))
+    found.append(np.asarray(answer(params, router, distributed.put_whole(batch, mesh, PartitionSpec(sharding.BATCH_AXES)))))
   return np.concatenate(found)[:count]
 
 

@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmx.config import ConfigError
 from mmx.kernels_pallas.grouped import combine, dispatch, sort_by_expert
-from mmx.sharding import BATCH_AXES, platform_of
+from mmx.sharding import AXES, BATCH_AXES, batch_spec, platform_of
 
 FULL_TILES = 512  # rows: what kernels take comes in multiples of theirs, which divide this
 
@@ -302,9 +302,9 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, 
                     experts, platform=None):
   """Runs routed experts on a mesh of axes replica, fsdp, expert, tensor (all of type Auto).
 
-  Rows of the batch are split over (replica, fsdp, expert), experts over expert, and F over tensor; the matrices are
-  asked for whole in D, so a parameter split over fsdp is gathered by the partitioner on the way in. A mesh of one
-  device calls `experts.of_tokens` directly.
+  Rows of the batch are split over (replica, fsdp, expert) and their tokens over context, experts over expert, and F over
+  tensor; the matrices are asked for whole in D, so a parameter split over fsdp is gathered by the partitioner on the way
+  in. A mesh of one device calls `experts.of_tokens` directly.
 
   Args:
     x_BTD: tokens, any floating dtype.
@@ -326,9 +326,10 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, 
     ConfigError: rows, experts or F do not divide over the mesh.
   """
   num_experts, _, _, F = w_gate_up_ED2F.shape
-  parts = mesh.shape if mesh else dict.fromkeys((*BATCH_AXES, 'tensor'), 1)
+  parts = mesh.shape if mesh else dict.fromkeys(AXES, 1)
   batch_shards = math.prod(parts[axis] for axis in BATCH_AXES)
   for what, size, axes, shards in (('rows of the batch', x_BTD.shape[0], 'replica * fsdp * expert', batch_shards),
+                                   ('tokens of a row', x_BTD.shape[1], 'context', parts['context']),
                                    ('moe.num_experts', num_experts, 'expert', parts['expert']),
                                    ('moe.d_ff', F, 'tensor', parts['tensor'])):
     if size % shards:
@@ -351,12 +352,12 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, 
 
   def on_mesh(*args):
     y_BTD, dropped = on_shard(*args)
-    return y_BTD[None], jax.lax.pmean(dropped, BATCH_AXES)
+    return y_BTD[None], jax.lax.pmean(dropped, (*BATCH_AXES, 'context'))
 
-  batch, up, down = P(BATCH_AXES), P('expert', None, None, 'tensor'), P('expert', 'tensor')
+  batch, up, down = batch_spec(), P('expert', None, None, 'tensor'), P('expert', 'tensor')
   # Library kernels declare no varying axes, so check_vma is off; a psum over tensor inside would then pay an all-reduce
   # in the backward pass too. Stacking the partial sums and adding them outside costs one, in the forward pass.
   y_XBTD, dropped = jax.shard_map(
-      on_mesh, mesh=mesh, in_specs=(batch, batch, batch, up, down), out_specs=(P('tensor', BATCH_AXES), P()),
+      on_mesh, mesh=mesh, in_specs=(batch, batch, batch, up, down), out_specs=(P('tensor', *batch), P()),
       check_vma=False)(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD)
   return jax.lax.reduce_sum(y_XBTD, (0,)), dropped

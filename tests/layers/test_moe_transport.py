@@ -14,7 +14,8 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec as P
 
-from mmx.config import ConfigError, MoEConfig
+from mmx import sharding
+from mmx.config import ConfigError, MeshConfig, MoEConfig
 from mmx.kernels_pallas import grouped
 from mmx.layers import moe_transport
 from mmx.layers.moe import MoE
@@ -26,10 +27,9 @@ MESHES = {'fsdp2_expert4': (1, 2, 4, 1), 'expert8': (1, 1, 8, 1), 'replica2_expe
 LOADS = ['uneven', 'half_empty', 'one_hot_expert', 'one_shard']
 
 
-def build_mesh(replica=1, fsdp=1, expert=1, tensor=1):
-  shape = (replica, fsdp, expert, tensor)
-  return jax.make_mesh(shape, ('replica', 'fsdp', 'expert', 'tensor'), axis_types=(AxisType.Auto,) * 4,
-                       devices=jax.devices()[:math.prod(shape)])
+def build_mesh(replica=1, fsdp=1, expert=1, tensor=1, context=1):
+  sizes = MeshConfig(replica, fsdp, expert, tensor, context)
+  return sharding.build_mesh(sizes, jax.devices()[: replica * fsdp * expert * tensor * context])
 
 
 def dense_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most=0):
@@ -362,7 +362,7 @@ def test_one_device_calls_the_experts_directly(mesh):
 
 
 @pytest.mark.parametrize('shape,named', [((1, 1, 3, 1), 'moe.num_experts: 16'), ((1, 3, 1, 1), 'rows of the batch: 8'),
-                                         ((1, 1, 1, 3), 'moe.d_ff: 4')])
+                                         ((1, 1, 1, 3), 'moe.d_ff: 4'), ((1, 1, 1, 1, 3), 'tokens of a row: 7')])
 def test_indivisible_shapes_are_named(shape, named):
   args, _ = draw(k=3)
   if named.startswith('moe'):
