@@ -32,11 +32,13 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 import jax
 from etils import epath
 
+from mmx import distributed
 from mmx.metrics import write_whole
 
 CONTINUES = 'the same command continues from the last checkpoint'
@@ -44,6 +46,7 @@ ENDED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the run itself
 PULSE_S = 5
 GONE_S = 20  # a thread of a living process is late by seconds, not by four pulses
 WRITE_S = 10  # for the stacks: the folder may be what hangs, and they go to stderr then
+READERS = 16  # of heartbeats at a time; an object store takes some 50 ms for each
 SPEAK = 'import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)'  # what comes in means an end with words
 
 
@@ -63,7 +66,8 @@ class Watch:
     self.timeout = timeout
     self._beat: tuple[int, float] | None = None  # step, and when
     self._over = threading.Event()
-    self._peers: dict[str, Peer] = {}
+    self._job = 0  # tells this job's heartbeats from those that an earlier one left
+    self._others: dict[int, Peer] = {}
     self._threads = []
     self._last_words: subprocess.Popen | None = None
 
@@ -72,12 +76,14 @@ class Watch:
     self._beat = step, time.monotonic()
 
   def __enter__(self) -> 'Watch':
-    if jax.process_count() > 1:
+    """All processes enter together."""
+    self._job = int(distributed.gather([int.from_bytes(os.urandom(3))])[0, 0])
+    self._others = {index: Peer(index) for index in range(jax.process_count()) if index != self.index}
+    if self._others:
       words = (f'error: process {self.index} (pid {os.getpid()} on {socket.gethostname()}) was killed, or jax ended it '
                f'because another process is gone; {CONTINUES}')
       command = [sys.executable, '-I', '-S', '-c', SPEAK, words]
       self._last_words = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    self._look()
     # Two threads, as storage that hangs must not keep the other from its judgement.
     for target in (self._pulse, self._judge) if self.timeout else (self._pulse,):
       thread = threading.Thread(target=target, name=f'watch{target.__name__}', daemon=True)
@@ -96,38 +102,46 @@ class Watch:
         self._end(f'{lost.phrase()}, noticed by {reason}')
     else:
       with contextlib.suppress(Exception):
-        self._path().unlink(missing_ok=True)
+        self._path(self.index).unlink(missing_ok=True)
     self._keep_quiet()
 
   # The threads.
 
   def _pulse(self) -> None:
-    """Writes this process's heartbeat and reads the others'."""
+    """Writes this process's heartbeat and reads others'.
+
+    Process 0 reads all and the others read process 0's, lest reads grow with the square of their number; whoever has
+    been still for half its time reads all too, to say of whom it hears nothing.
+    """
     told = set()
     while True:
       self._write()
-      self._look()
-      for name, peer in self._peers.items():
-        if peer.failed and peer.silence() > GONE_S:
-          self._end(f'{peer.phrase()}, and nothing goes on without it')
-        if peer.met and not peer.failed and peer.silence() > GONE_S and name not in told:
-          told.add(name)
-          print(f'watch: {peer.phrase()}', file=sys.stderr, flush=True)
+      wary = self.index == 0 or self.timeout and self._stillness() > self.timeout / 2
+      heard = list(self._others) if wary else [0]
+      if self._look(heard):
+        for peer in [peer for index, peer in self._others.items() if index in heard and peer.silence() > GONE_S]:
+          if peer.failed:
+            self._end(f'{peer.phrase()}, and nothing goes on without it')
+          if peer.index not in told:
+            told.add(peer.index)
+            print(f'watch: {peer.phrase()}', file=sys.stderr, flush=True)
       if self._over.wait(PULSE_S):
         return
 
   def _judge(self) -> None:
-    """Ends the process when the loop has been silent for too long."""
+    """Ends the process when the loop has been still for too long."""
     while not self._over.wait(min(1, self.timeout / 4)):
-      if self._beat is None:
-        continue
-      step, when = self._beat
-      silence = time.monotonic() - when
-      if silence > self.timeout:
+      if (stillness := self._stillness()) > self.timeout:
         where = self._dump()
-        silent = [peer.phrase() for peer in list(self._peers.values()) if peer.met and peer.silence() > GONE_S]
-        self._end(f'process {self.index} on {socket.gethostname()} hangs: nothing for {silence:.0f} s after step {step}; '
-                  f'its stacks are in {where}; ' + ('; '.join(silent) or 'no other heartbeat is old'))
+        silent = [peer.phrase() for peer in list(self._others.values()) if peer.silence() > GONE_S]
+        self._end(
+            f'process {self.index} on {socket.gethostname()} hangs: nothing for {stillness:.0f} s after step '
+            f'{self._beat[0]}; its stacks are in {where}; ' + ('; '.join(silent) or 'no other heartbeat is old')
+        )
+
+  def _stillness(self) -> float:
+    """Seconds since the last beat, 0 before the first."""
+    return time.monotonic() - self._beat[1] if self._beat else 0.0
 
   def _end(self, line: str) -> NoReturn:
     self._keep_quiet()
@@ -141,39 +155,55 @@ class Watch:
 
   # Heartbeats.
 
-  def _path(self) -> epath.Path:
-    return self.folder / f'heartbeat.{self.index}.json'
+  def _path(self, index: int) -> epath.Path:
+    return self.folder / f'heartbeat.{index}.json'
 
   def _write(self, **more: str) -> None:
-    step = self._beat[0] if self._beat else None
-    heartbeat = {'time': time.time(), 'step': step, 'pid': os.getpid(), 'host': socket.gethostname(), **more}
+    heartbeat = {
+        'time': time.time(), 'step': self._beat and self._beat[0], 'pid': os.getpid(), 'host': socket.gethostname(),
+        'job': self._job, **more,
+    }  # fmt: skip
     with contextlib.suppress(Exception):  # the storage's bad minute is not the run's end
-      write_whole(self._path(), json.dumps(heartbeat))
+      write_whole(self._path(self.index), json.dumps(heartbeat))
 
-  def _look(self) -> None:
-    """Notes what has changed among the heartbeats of the others. Those of an earlier job never do, and are never met."""
-    with contextlib.suppress(Exception):
-      found = {path.name: path.read_text() for path in self.folder.glob('heartbeat.*.json') if path != self._path()}
-      for name in self._peers.keys() - found.keys():
-        del self._peers[name]  # an orderly end
-      for name, text in found.items():
-        if name not in self._peers:
-          self._peers[name] = Peer(int(name.split('.')[1]), text)
-        elif text != self._peers[name].text:
-          self._peers[name] = Peer(self._peers[name].index, text, met=True)
+  def _look(self, indices: list[int]) -> bool:
+    """Notes which heartbeats have changed; False if the storage did not let it.
+
+    Who has removed its own has come to an orderly end and counts no more.
+    """
+
+    def read(index):
+      try:
+        heartbeat = json.loads(self._path(index).read_text())
+      except FileNotFoundError:
+        return {}
+      return heartbeat if heartbeat['job'] == self._job else {}
+
+    wanted = [index for index in indices if index in self._others]
+    try:
+      with ThreadPoolExecutor(READERS) as readers:
+        found = list(readers.map(read, wanted))
+    except Exception:
+      return False
+    for index, heartbeat in zip(wanted, found, strict=True):
+      known = self._others[index].heartbeat
+      if known and not heartbeat:
+        del self._others[index]
+      elif heartbeat != known:
+        self._others[index] = Peer(index, heartbeat)
+    return True
 
   def _lost(self) -> 'Peer | None':
-    """A process that this one knew and that is gone; None as soon as all others are seen to have failed or ended too,
-    or if they are all alive."""
+    """A process that is gone; None as soon as all others are seen to have failed or ended too, or if they are alive."""
     until = time.monotonic() + GONE_S + 2 * PULSE_S
     while time.monotonic() < until:
-      self._look()
-      running = [peer for peer in self._peers.values() if peer.met and not peer.failed]
-      if gone := [peer for peer in running if peer.silence() > GONE_S]:
-        return gone[0]
-      if not running:
-        return None
-      time.sleep(PULSE_S / 10)
+      if self._look(list(self._others)):
+        running = [peer for peer in self._others.values() if not peer.failed]
+        if gone := [peer for peer in running if peer.silence() > GONE_S]:
+          return gone[0]
+        if not running:
+          return None
+      time.sleep(PULSE_S / 2)
     return None
 
   def _dump(self) -> str:
@@ -197,24 +227,21 @@ class Peer:
   """The last heartbeat of another process. Its age is by this host's own clock, as hosts' clocks differ."""
 
   index: int
-  text: str
-  met: bool = False  # it has changed since this process began: it is of the same job
+  heartbeat: dict = dataclasses.field(default_factory=dict)  # {}: none of this job so far
   since: float = dataclasses.field(default_factory=time.monotonic)
-
-  @property
-  def heartbeat(self) -> dict:
-    return json.loads(self.text)
 
   @property
   def failed(self) -> str:
     """What ended it, '' while it runs."""
-    return self.heartbeat.get('failed', '') if self.met else ''
+    return self.heartbeat.get('failed', '')
 
   def silence(self) -> float:
     """Seconds since the heartbeat was seen to change."""
     return time.monotonic() - self.since
 
   def phrase(self) -> str:
+    if not self.heartbeat:
+      return f'process {self.index} is gone: no heartbeat for {self.silence():.0f} s, since this job began'
     who = f'process {self.index} (pid {self.heartbeat["pid"]} on {self.heartbeat["host"]})'
     step = self.heartbeat['step']
     where = f'at step {step}' if step is not None else 'before its first step'

@@ -1,6 +1,6 @@
 """Hangs and processes that are gone: told in a line and ended with a code of their own, never on a false alarm.
 
-`python tests/test_watch.py FOLDER INDEX TIMEOUT STORY` is one watched process, without jax's part.
+`python tests/test_watch.py FOLDER INDEX COUNT TIMEOUT STORY` is one watched process of COUNT, without jax's part.
 """
 
 import json
@@ -13,23 +13,27 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
-from mmx import watch
+from mmx import distributed, watch
 
 PULSE_S, GONE_S = 0.1, 1  # here
+JOB = 7
+HOST = os.uname().nodename
 AGAIN = 'the same command continues from the last checkpoint'
 
 
-def worker(folder: str, index: int, timeout: float, story: str) -> None:
+def worker(folder: str, index: int, count: int, timeout: float, story: str) -> None:
   """Beats ten times and then does as it is told."""
   watch.PULSE_S, watch.GONE_S = PULSE_S, GONE_S
-  if story == 'waits alone':
-    jax.process_count = lambda: 2
+  jax.process_count, distributed.gather = lambda: count, lambda _: np.array([[JOB]] * count)
+  print('ready', flush=True)
+  sys.stdin.readline()
+  if story == 'never comes':
+    waits_for_ever()
   with watch.Watch(folder, index, timeout) as watched:
-    print('watched', flush=True)
-    sys.stdin.readline()
     if story == 'compiles':
       time.sleep(3 * timeout)
     for step in range(1, 11):
@@ -37,9 +41,11 @@ def worker(folder: str, index: int, timeout: float, story: str) -> None:
       time.sleep(0.02)
     if story == 'hangs':
       waits_for_ever()
-    if story == 'fails':
+    if story == 'fails later':
+      sys.stdin.readline()
+    if story.startswith('fails'):
       raise ValueError('no such luck\nand more')
-    if story.startswith('waits'):
+    if story == 'waits':
       sys.stdin.readline()
 
 
@@ -50,14 +56,14 @@ def waits_for_ever():
 class Process:
   """A worker and what it says."""
 
-  def __init__(self, folder, index, story, timeout=0.0):
-    command = [sys.executable, __file__, str(folder), str(index), str(timeout), story]
+  def __init__(self, *arguments):
+    command = [sys.executable, __file__, *map(str, arguments)]
     pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
     self.process = subprocess.Popen(command, **pipes)
     self.pid = self.process.pid
-    assert self.process.stdout.readline() == 'watched\n'
 
   def go(self):
+    """Lets it begin, and 'waits' end."""
     self.process.stdin.write('go\n')
     self.process.stdin.flush()
     return self
@@ -70,12 +76,16 @@ class Process:
 
 
 @pytest.fixture
-def start():
+def start(tmp_path):
+  """start(story, ...): that many processes of one job, which begin together."""
   started = []
 
-  def start(*args, **kwargs):
-    started.append(Process(*args, **kwargs))
-    return started[-1]
+  def start(*stories, timeout=0.0):
+    some = [Process(tmp_path, index, len(stories), timeout, story) for index, story in enumerate(stories)]
+    started.extend(some)
+    for each in some:
+      assert each.process.stdout.readline() == 'ready\n'
+    return [each.go() for each in some]
 
   yield start
   for each in started:
@@ -83,90 +93,95 @@ def start():
     each.process.wait()
 
 
+def beaten(folder, index, step=10):
+  """The heartbeat of a process once it has come to a step."""
+  path, until = folder / f'heartbeat.{index}.json', time.monotonic() + 60
+  while time.monotonic() < until:
+    if path.exists() and (heartbeat := json.loads(path.read_text()))['step'] == step:
+      return heartbeat
+    time.sleep(PULSE_S)
+  pytest.fail(f'process {index} never came to step {step}')
+
+
 def test_a_hang_is_ended_with_every_stack_and_one_line(tmp_path, start):
-  hung = start(tmp_path, 3, 'hangs', timeout=1).go()
+  (hung,) = start('hangs', timeout=1)
   (line,) = hung.ended(watch.ENDED)
   assert re.fullmatch(
-      rf'error: process 3 on {os.uname().nodename} hangs: nothing for \d s after step 10; its stacks are in '
-      rf'{tmp_path}/stacks.3.txt; no other heartbeat is old; {AGAIN}', line
+      rf'error: process 0 on {HOST} hangs: nothing for \d s after step 10; its stacks are in {tmp_path}/stacks.0.txt; '
+      rf'no other heartbeat is old; {AGAIN}', line
   )  # fmt: skip
-  stacks = (tmp_path / 'stacks.3.txt').read_text()
+  stacks = (tmp_path / 'stacks.0.txt').read_text()
   assert 'in waits_for_ever' in stacks and 'in _pulse' in stacks
 
 
 def test_a_hang_names_the_processes_that_are_silent(tmp_path, start):
-  killed, hung = start(tmp_path, 0, 'waits'), start(tmp_path, 1, 'hangs', timeout=3)
-  killed.go(), hung.go()
-  time.sleep(1)
+  killed, second, third = start('waits', 'hangs', 'hangs', timeout=5)
+  beaten(tmp_path, 0)
   killed.process.kill()
-  *others, line = hung.ended(watch.ENDED)
-  gone = f'process 0 (pid {killed.pid} on {os.uname().nodename}) is gone: no heartbeat for '
-  assert line.startswith('error: process 1 on ') and gone in line and 'the last one at step 10' in line
-  assert len(others) == 1 and others[0].startswith(f'watch: {gone}')
+  gone = rf'process 0 \(pid {killed.pid} on {HOST}\) is gone: no heartbeat for \d s, the last one at step 10'
+  for hung in (second, third):
+    other, line = hung.ended(watch.ENDED)
+    assert re.fullmatch(rf'error: process . on {HOST} hangs: .*; {gone}; {AGAIN}', line)
+    assert re.fullmatch(rf'watch: {gone}', other)
 
 
 def test_what_comes_before_the_first_beat_is_not_timed(tmp_path, start):
-  assert start(tmp_path, 0, 'compiles', timeout=0.5).go().ended(0) == []
+  (process,) = start('compiles', timeout=0.5)
+  assert process.ended(0) == []
   assert list(tmp_path.iterdir()) == []
 
 
 def test_heartbeats_tell_time_step_pid_and_host_and_go_with_an_orderly_end(tmp_path, start):
-  process = start(tmp_path, 2, 'waits').go()
-  path = tmp_path / 'heartbeat.2.json'
-  until = time.monotonic() + 30
-  while (found := json.loads(path.read_text()))['step'] != 10 and time.monotonic() < until:
-    time.sleep(PULSE_S)
-  assert (found['step'], found['pid'], found['host']) == (10, process.pid, os.uname().nodename)
+  (process,) = start('waits')
+  found = beaten(tmp_path, 0)
+  assert (found['pid'], found['host']) == (process.pid, HOST)
   time.sleep(5 * PULSE_S)
-  assert json.loads(path.read_text())['time'] > found['time']  # it beats though no step passes
-  assert process.go().ended(0) == [] and not path.exists()
+  assert beaten(tmp_path, 0)['time'] > found['time']  # it beats though no step passes
+  assert process.go().ended(0) == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_process_that_fails_takes_the_others_along_and_says_why(tmp_path, start):
-  waiting, failing = start(tmp_path, 0, 'waits'), start(tmp_path, 1, 'fails')
-  waiting.go(), failing.go()
+  waiting, failing, third = start('waits', 'fails', 'waits')
   assert failing.ended(1)[-2:] == ['ValueError: no such luck', 'and more']
   (line,) = waiting.ended(watch.ENDED)
   assert line == (
-      f'error: process 1 (pid {failing.pid} on {os.uname().nodename}) failed at step 10: ValueError: no such luck, '
+      f'error: process 1 (pid {failing.pid} on {HOST}) failed at step 10: ValueError: no such luck, '
       f'and nothing goes on without it; {AGAIN}'
   )
   assert json.loads((tmp_path / 'heartbeat.1.json').read_text())['failed'] == 'ValueError: no such luck'
+  third.process.kill()  # jax would, as process 0 has ended
 
 
 def test_an_error_that_another_process_caused_by_dying_is_told_as_such(tmp_path, start):
-  killed, failing = start(tmp_path, 0, 'waits'), start(tmp_path, 1, 'fails')
-  killed.go()
-  time.sleep(1)
+  killed, failing = start('waits', 'fails later')
+  beaten(tmp_path, 0), beaten(tmp_path, 1)
   killed.process.kill()
   *_, line = failing.go().ended(watch.ENDED)
   assert line.startswith(f'error: process 0 (pid {killed.pid} on ') and 'the last one at step 10' in line
   assert line.endswith(f', noticed by ValueError: no such luck; {AGAIN}')
 
 
-def test_an_error_of_all_processes_is_everyones_own(tmp_path, start):
-  both = [start(tmp_path, index, 'fails') for index in range(2)]
-  for each in both:
-    each.go()
-  for each in both:
+def test_an_error_of_all_processes_is_everyones_own(start):
+  for each in start('fails', 'fails'):
     assert each.ended(1)[-2:] == ['ValueError: no such luck', 'and more']
 
 
-def test_heartbeats_of_an_earlier_job_are_nobodys(tmp_path, start):
-  for index, more in ((1, {}), (2, {'failed': 'OSError: full'})):
-    heartbeat = {'time': 0, 'step': 7, 'pid': 1, 'host': 'h', **more}
-    (tmp_path / f'heartbeat.{index}.json').write_text(json.dumps(heartbeat))
-  process = start(tmp_path, 0, 'waits').go()
+def test_heartbeats_of_an_earlier_job_are_nobodys_and_who_never_came_is_missed(tmp_path, start):
+  heartbeat = {'time': 0, 'step': 7, 'pid': 1, 'host': 'h', 'job': JOB + 1, 'failed': 'OSError: full'}
+  (tmp_path / 'heartbeat.1.json').write_text(json.dumps(heartbeat))
+  process, late = start('waits', 'never comes')
   time.sleep(3 * GONE_S)
-  assert process.process.poll() is None and process.go().ended(0) == []
+  (line,) = process.go().ended(0)
+  assert re.fullmatch(r'watch: process 1 is gone: no heartbeat for \d s, since this job began', line)
+  late.process.kill()
 
 
 def test_a_killed_process_of_several_has_last_words_and_one_that_ends_has_none(tmp_path, start):
-  killed, ended = start(tmp_path, 0, 'waits alone').go(), start(tmp_path, 1, 'waits alone').go()
+  killed, ended = start('waits', 'waits')
+  beaten(tmp_path, 0), beaten(tmp_path, 1)
   killed.process.kill()
   assert killed.ended(-signal.SIGKILL) == [
-      f'error: process 0 (pid {killed.pid} on {os.uname().nodename}) was killed, or jax ended it because another process '
-      f'is gone; {AGAIN}'
+      f'error: process 0 (pid {killed.pid} on {HOST}) was killed, or jax ended it because another process is gone; {AGAIN}'
   ]
   assert not [line for line in ended.go().ended(0) if line.startswith('error')]
 
@@ -201,4 +216,4 @@ def test_storage_that_fails_or_hangs_ends_nothing_and_hides_no_hang(tmp_path, mo
 
 
 if __name__ == '__main__':
-  worker(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4])
+  worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5])
