@@ -303,6 +303,7 @@ def ready(job: Job, jobs: list[Job]) -> bool:
 
 
 def start(job: Job, prefix: list[str]) -> None:
+  """Its commands in one process, which ends with the first of them that fails, as that one did."""
   step = last_step(job.run.folder)
   job.tries = 1 if step > job.step else job.tries + 1
   job.step = step

@@ -26,7 +26,9 @@ with open(folder / 'calls.jsonl', 'a+') as calls:
 for path, text in answer.get('write', {{}}).items():
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(text)
+  partial = path.with_name(f'{{path.name}}.{{os.getpid()}}')
+  partial.write_text(text)
+  os.replace(partial, path)
 sys.stderr.write(answer.get('err', ''))
 sys.stdout.write(answer.get('out', '') and answer['out'] + '\\n')
 sys.stdout.flush()
