@@ -10,6 +10,8 @@ Letters: B batch, T tokens, H query heads, K kv heads, G = H/K, Dh head dim, c c
 S keys a chunk sees, or of whole rows, or slots of a cache, R = G*c, s slots of a span, n parts, N chunks.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,18 +120,19 @@ def attention_cudnn(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT):
   )
 
 
-def attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh=None, part=None):
+def attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh=None, part=None, interpret=False):
   """Splash attention; rows over the batch axes and heads over 'tensor'. Dh and T must be multiples of 128.
 
   With a `part`, within a shard_map: T queries against S keys. The two runs of a part's slots are cut into blocks, so
-  they must be multiples of 128.
+  they must be multiples of 128. `interpret` runs the kernel on CPU, for tests.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
   T, _, Dh = q_BTHDh.shape[1:]
 
   def shard(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT):
-    kernel = _splash_kernel(q_BTHDh.shape[2], np.arange(T, dtype=np.int32)[None] if part is None else part.slots_nT)
+    slots_nT = np.arange(T, dtype=np.int32)[None] if part is None else part.slots_nT
+    kernel = _splash_kernel(q_BTHDh.shape[2], slots_nT, interpret)
     if part is not None:
       n = len(part.slots_nT)  # tables are for all parts: q_sequence [n*T], else [heads, blocks of n*T, blocks of S]
       pieces = lambda a: a.reshape(n, -1) if a.ndim == 1 else a.reshape(len(a), n, -1, a.shape[2]).swapaxes(0, 1)
@@ -147,7 +150,7 @@ def attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh=None, part=
   return mapped(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
 
 
-def _splash_kernel(heads, slots_nT):
+def _splash_kernel(heads, slots_nT, interpret=False):
   """The kernel for n parts of T queries each, at these slots of n*T keys."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -157,11 +160,33 @@ def _splash_kernel(heads, slots_nT):
   block = next(size for size in SPLASH_BLOCKS if run % size == 0)
   names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
   sizes = splash.BlockSizes(**{f'block_{name}': block for name in names})
-  mask = masks.CausalMask((n * T, n * T))
-  mask.q_sequence = slots_nT.reshape(-1)
-  return splash.make_splash_mha(
-      masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=n
-  )
+  mask = masks.MultiHeadMask([_causal_mask()(slots_nT.reshape(-1))] * heads)
+  return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=n, interpret=interpret)
+
+
+@functools.cache
+def _causal_mask():
+  """The class of splash's causal mask for queries in any order; one class, as masks that are equal are cut up once."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  class CausalMask(masks.CausalMask):
+    """slots: int32 numpy [n*T], where each query stands.
+
+    Splash asks of each block whether any or all is seen, and what is in the blocks on the diagonal. Where all is alike
+    one element tells it: at 196,608 tokens whole blocks would be 39 billion elements, made six times.
+    """
+
+    def __init__(self, slots):
+      super().__init__((slots.size, slots.size))
+      self.q_sequence = slots
+
+    def __getitem__(self, block):
+      rows, keys = self.q_sequence[block[0]], block[1]
+      if rows.max() < keys.start or rows.min() >= keys.stop - 1:
+        return np.full((1, 1), rows.min() >= keys.start)
+      return super().__getitem__(block)
+
+  return CausalMask
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from one_mixer import close, packed, randomised
 
 from mmx import sharding
 from mmx.config import ConfigError, MeshConfig
+from mmx.kernels_pallas import attention, reference
+from mmx.kernels_pallas.chunks import Part
 from mmx.layers import context_parallel
 from mmx.layers.mixer import MIXERS
 from mmx.model import Decoder, init_cache
@@ -111,6 +113,26 @@ def test_the_warm_up_of_an_index_branch_sees_whole_rows(warmup):
   both = case('msa')
   context = ROWS['ends within shards'].replace(warmup=jnp.bool_(warmup))
   jax.tree.map(close, both.results(4)(context), both.results(1)(context))
+
+
+def test_the_tpu_kernel_of_each_part_equals_the_oracle():
+  """In interpret mode, values and gradients; the tables of its blocks are cut for every part alike."""
+  shards, T, heads, kv_heads, Dh = 2, 256, 2, 1, 128
+  random = lambda seed, heads: jax.random.normal(jax.random.key(seed), (1, shards * T, heads, Dh))
+  q, k, v, weights = random(0, heads), random(1, kv_heads), random(2, kv_heads), random(3, heads)
+  segments = rows((100, 412), length=shards * T).segment_ids_BT
+  slots_nT = context_parallel.swapped_slots(shards, T)
+
+  def of_parts(q, k, v):
+    outs = []
+    for index, slots_T in enumerate(slots_nT):
+      part = Part(slots_nT, jnp.int32(index), segments)
+      outs.append(attention.attention_splash(q[:, slots_T], k, v, segments[:, slots_T], part=part, interpret=True))
+    return jnp.concatenate(outs, axis=1)[:, np.argsort(slots_nT.reshape(-1))]
+
+  run = lambda function: jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(function(*qkv) * weights), (0, 1, 2)))(q, k, v)
+  found, wanted = run(of_parts), run(lambda *qkv: reference.attention(*qkv, segments))
+  jax.tree.map(functools.partial(close, tolerance=1e-4), found, wanted)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
