@@ -6,7 +6,8 @@ process reads, tokenizes and packs its own lanes and nothing else, so the cost p
 concatenating the batches of all processes gives the batch of one. `data.batch_size` is part of the order;
 the number of processes, `data.num_workers` and the prefetch thread are not.
 
-The state of an iterator lists its lanes' states, 50 to 110 bytes each.
+The state of an iterator names its lanes' states, 50 to 110 bytes each, by row of the global batch. So the states of all
+processes make up one, with which any number of processes goes on.
 """
 
 import atexit
@@ -14,6 +15,7 @@ import functools
 import itertools
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
@@ -41,12 +43,10 @@ class HeldOut:
 
 def train_iterator(
     config: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
+) -> 'Batches':
   """Endless local batches [batch_size / process_count, T]; every epoch is reshuffled by data.seed and its number.
 
-  `get_state()` is a JSON-able dict and exact, `set_state()` continues with the very next batch; both work for
-  grain.checkpoint.CheckpointSave. With data.num_workers = n the local rows are made in n processes (absl flags must be
-  parsed first); a state belongs to that number.
+  With data.num_workers = n the local rows are made in n processes (absl flags must be parsed first).
 
   Raises:
     ConfigError: a source is missing, empty or without a training document, or rows do not divide by processes.
@@ -71,13 +71,52 @@ def train_iterator(
 
   if config.num_workers:
     shares = np.array_split(rows, min(config.num_workers, len(rows)))
+    names = [f'rows {share[0]} to {share[-1]} by a worker' for share in shares]
     worker = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=PREFETCHED_BATCHES)
     dataset = grain.experimental.ZipIterDataset([block(list(share)).mp_prefetch(worker) for share in shares]).map(join)
   else:
+    names = [f'row {row}' for row in rows]
     dataset = block(rows)
   iterator = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCHED_BATCHES))
   atexit.register(close, weakref.ref(iterator))
-  return iterator
+  return Batches(iterator, names)
+
+
+class Batches(grain.DatasetIterator):
+  """The stream of `train_iterator`.
+
+  names: of the parts of each batch that have a state of their own: the rows, or the shares of the worker processes.
+  """
+
+  def __init__(self, iterator: grain.DatasetIterator, names: list[str]):
+    super().__init__(iterator)
+    self.iterator = iterator
+    self.names = names
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    return next(self.iterator)
+
+  def get_state(self) -> dict[str, Any]:
+    """Where each part stands, exact and JSON-able. The states of all processes may be merged into one."""
+    return dict(zip(self.names, self.iterator.get_state()['parents'], strict=True))
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on with the very next batch; what other processes make is left aside.
+
+    Raises:
+      ConfigError: a part is not in the state: it is another batch size's, or that of other worker processes.
+    """
+    for name in self.names:
+      if name not in state:
+        raise ConfigError(
+            f'data: no position of {name} was saved, only of {", ".join(list(state)[:3])}, ... ({len(state)} in all); '
+            'data.batch_size must be the same, and with data.num_workers that and the number of processes too'
+        )
+    self.iterator.set_state({'parents': [state[name] for name in self.names]})
+
+  def close(self) -> None:
+    """Ends the prefetch thread."""
+    self.iterator.close()
 
 
 def close(reference: 'weakref.ref[grain.DatasetIterator]') -> None:

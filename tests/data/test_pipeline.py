@@ -71,6 +71,36 @@ def test_train_k_batches_and_resume_equals_uninterrupted(corpus, config, packing
   assert max(map(len, states)) < 300 * config.batch_size
 
 
+@pytest.mark.parametrize('packing', ['concat', 'best_fit'])
+def test_the_states_of_any_number_of_processes_are_one_and_any_number_goes_on_with_it(corpus, config, packing):
+  config = dataclasses.replace(config, source=mixture_of(corpus), packing=packing)
+  whole = pipeline.train_iterator(config, BYTES)
+  take(whole, 9)
+  expected = take(pipeline.train_iterator(config, BYTES), 14)[9:]
+  state = json.dumps(whole.get_state())
+  for saving in (2, 4):
+    merged = {}
+    for index in range(saving):
+      part = pipeline.train_iterator(config, BYTES, index, saving)
+      take(part, 9)
+      merged |= part.get_state()
+    assert json.loads(json.dumps(merged)) == json.loads(state)
+  for resuming in (1, 2, 8):
+    parts = [pipeline.train_iterator(config, BYTES, index, resuming) for index in range(resuming)]
+    for part in parts:
+      part.set_state(json.loads(state))
+    assert_same([pipeline.join(blocks) for blocks in zip(*(take(part, 5) for part in parts), strict=True)], expected)
+
+
+def test_a_state_that_lacks_a_row_is_refused_in_one_line(config):
+  half = pipeline.train_iterator(config, BYTES, 0, 2).get_state()
+  message = r'^data: no position of row 4 was saved, only of row 0, row 1, row 2, ... \(4 in all\); data.batch_size must'
+  with pytest.raises(ConfigError, match=message):
+    pipeline.train_iterator(config, BYTES).set_state(half)
+  with pytest.raises(ConfigError, match='no position of row 0 was saved, only of parents'):  # of an older mmx
+    pipeline.train_iterator(config, BYTES).set_state({'parents': []})
+
+
 def test_state_travels_in_an_orbax_checkpoint(config, tmp_path):
   iterator = pipeline.train_iterator(config, BYTES)
   take(iterator, 6)
