@@ -1,4 +1,4 @@
-"""One run and its folder: which arm and seed, what it starts from, whether it has finished, and files written whole.
+"""One run and its folder: arm and seed, what it starts from, whether it has finished, where its figures come from.
 
 A folder is a path of this machine or an address such as gs://; `etils.epath` reads and writes both.
 """
@@ -71,16 +71,6 @@ class Run:
             'give another --workdir or the same config'
         )
     return (self.folder / 'result.json').exists()
-
-
-def write_whole(path, text):
-  """A reader, or whoever comes after a crash, finds the whole text or the file before it."""
-  if is_remote(path):
-    path.write_text(text)  # an object appears when it is whole
-  else:
-    partial = path.with_name(path.name + '.partial')
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def load_config(path) -> config.Experiment:

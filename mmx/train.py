@@ -22,7 +22,7 @@ from etils import epath
 
 from mmx import config, goodput, host, profiler
 from mmx.command import errors_in_one_line, stop
-from mmx.run import Run, absolute, provenance, write_whole
+from mmx.run import Run, absolute, provenance
 
 CONFIG = flags.DEFINE_string('config', None, 'Experiment: a .py file with get_config, or a .gin file.')
 ARM = flags.DEFINE_list('arm', None, 'Arms to run, by name; all if left out.')
@@ -276,8 +276,8 @@ def train_claimed(run, programs, data, arms, preemption, tracer, spent) -> bool:
   spent_file = run.folder / 'goodput.json'
   if primary:
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(run.folder / 'config.gin', config.dump(experiment))
-    write_whole(run.folder / 'run.json', json.dumps(provenance(data.corpus, start), indent=1))
+    metrics.write_whole(run.folder / 'config.gin', config.dump(experiment))
+    metrics.write_whole(run.folder / 'run.json', json.dumps(provenance(data.corpus, start), indent=1))
     spent.resume(spent_file.read_text() if spent_file.exists() else None, start)
 
   # ---- what a researcher sees
@@ -322,7 +322,7 @@ def train_claimed(run, programs, data, arms, preemption, tracer, spent) -> bool:
       writer.scalars(
           step, values | moving | metrics.load_scalars(load_LE) | metrics.memory_stats() | spent.shares()
       )
-      write_whole(spent_file, spent.note(step))
+      metrics.write_whole(spent_file, spent.note(step))
       interval.clear()
     if writer and step % t.histogram_every == 0:
       writer.expert_load(step, load_LE)
@@ -356,9 +356,11 @@ def train_claimed(run, programs, data, arms, preemption, tracer, spent) -> bool:
         'interval': interval,
     }
     with throughput.paused(), spent.spent('checkpoint'):
+      if writer:
+        writer.flush()  # a run continued from here keeps the rows up to here
       store.save(step, state, data.iterator, told)
-    if primary:
-      write_whole(spent_file, spent.note(step))
+    if writer:
+      metrics.write_whole(spent_file, spent.note(step))
 
   # ---- the loop
   step = start
@@ -419,7 +421,7 @@ def train_claimed(run, programs, data, arms, preemption, tracer, spent) -> bool:
         **provenance(data.corpus, start),
     }
     writer.finish()
-    write_whole(run.folder / 'result.json', json.dumps(result, indent=1))
+    metrics.write_whole(run.folder / 'result.json', json.dumps(result, indent=1))
   distributed.barrier(f'{run.arm}/{run.seed}')
   for store in stores[1:]:
     store.directory.rmtree()  # of no use to a run that is finished

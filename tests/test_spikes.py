@@ -75,7 +75,8 @@ def skipping():
   """(experiment, mesh, initial state, compiled step) of a run that skips spikes."""
   experiment = tiny.experiment(train__skip_spikes=True)
   mesh = sharding.build_mesh(experiment.mesh)
-  return experiment, mesh, train_step.init_state(experiment, mesh), jax.jit(train_step.make_train_step(experiment, mesh))
+  step = jax.jit(train_step.make_train_step(experiment, mesh))
+  return experiment, mesh, train_step.init_state(experiment, mesh), step
 
 
 def batch_of(experiment, mesh, seed, poisoned=False):
