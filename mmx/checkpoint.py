@@ -4,7 +4,7 @@
     00000200/
       state/            the arrays, by Orbax, under names such as 'params/embed/embedding'
       metadata.json     shape and dtype of every array, and what the run says of itself
-      data.0-of-1.json  the data iterator's state, a file per process
+      data.0-of-1.json  where the data iterator stands, a file per process
       seal.0-of-1.json  size and CRC-32 of every file above, written last; each process seals its share
 
 A checkpoint is one only when all its seals are there, and it is read only if every byte still answers to them: Orbax
@@ -115,7 +115,8 @@ class Checkpointer:
 
     state: any pytree of arrays: sharded jax arrays, typed random keys, numpy arrays and numbers
       (as jax would hold them: int32 and float32, unless it is set to 64 bits).
-    data_iterator: its get_state() must be JSON-able and stand right behind the batch of `step`; None if there is none.
+    data_iterator: its get_state() must be a JSON-able dict whose names mean the same on every process, and stand right
+      behind the batch of `step`; None if there is none.
     metadata: JSON-able, small.
 
     Raises:
@@ -175,10 +176,10 @@ class Checkpointer:
     abstract_state: jax.ShapeDtypeStruct leaves in the structure of the saved state. Their shardings need not be those
       of the save, but all should be of one mesh: a restored array is committed to its devices. A leaf without one goes
       to the first local device.
-    data_iterator: gets the saved state (set_state); None leaves it unread.
+    data_iterator: gets the saved states of all processes in one dict (set_state); None leaves it unread.
 
     Raises:
-      CheckpointError: the checkpoint has another model, or `data_iterator` was saved by another number of processes.
+      CheckpointError: the checkpoint has another model.
     """
     mark = self._newest_whole()
     if mark is None:
@@ -336,15 +337,14 @@ class Checkpointer:
   def _record(self, mark: Mark) -> dict[str, Any]:
     return json.loads((self._path(mark) / 'metadata.json').read_text())
 
-  def _data_state(self, mark: Mark) -> Any:
-    file = self._path(mark) / _data_name()
-    if not file.exists():
-      saved = ', '.join(sorted(other.name for other in self._path(mark).glob('data.*'))) or 'none'
-      raise CheckpointError(
-          f'checkpoint {self._path(mark)} has no data position for process {jax.process_index()} of '
-          f'{jax.process_count()}; it has {saved}'
-      )
-    return json.loads(file.read_text())
+  def _data_state(self, mark: Mark) -> dict[str, Any]:
+    """The data iterator's states of all processes in one: each names what it stands for, such as a row of the batch."""
+    files = sorted(self._path(mark).glob('data.*-of-*.json'))
+    if not files:
+      raise CheckpointError(f'checkpoint {self._path(mark)} has no data position')
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+      states = threads.map(lambda file: json.loads(file.read_text()), files)
+      return {name: place for state in states for name, place in state.items()}
 
   def _require_same_leaves(self, mark: Mark, found: dict[str, dict], wanted: dict[str, dict]) -> None:
     for name in [*wanted, *found]:

@@ -405,7 +405,7 @@ def test_another_model_is_refused_by_the_first_leaf_that_differs(two_checkpoints
 def test_a_missing_data_position_is_told(two_checkpoints):
   reader = Checkpointer(two_checkpoints, keep=None)
   iterator = iter(grain.MapDataset.range(3).to_iter_dataset())
-  with pytest.raises(CheckpointError, match=r'has no data position for process 0 of 1; it has none$'):
+  with pytest.raises(CheckpointError, match=r'00000002 has no data position$'):
     reader.restore(abstract(make_state(2)), iterator)
   assert next(iterator) == 0
 

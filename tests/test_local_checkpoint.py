@@ -49,10 +49,10 @@ class Position:
     self.value = value
 
   def get_state(self):
-    return self.value
+    return {f'process {jax.process_index()}': self.value}
 
-  def set_state(self, value):
-    self.value = value
+  def set_state(self, state):
+    self.value = state[f'process {jax.process_index()}']
 
 
 def stores(folder, state):
