@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmx import claim, distributed, sharding
-from mmx.checkpoint import Checkpointer, CheckpointError
+from mmx.checkpoint import Checkpointer, CheckpointError, Mark
 from mmx.config import ConfigError
 
 ROWS = np.arange(8 * 6, dtype=np.int32).reshape(8, 6)
@@ -41,16 +41,16 @@ PERMUTED = {'rows_that_are_no_neighbours': [0, 1, 4, 5, 2, 3, 6, 7]}
 
 
 class Counter:
-  """A data iterator as far as a checkpoint is concerned."""
+  """A data iterator as far as a checkpoint is concerned; each process has a part of the position."""
 
   def __init__(self, position):
-    self.position = position
+    self.position = {f'of process {jax.process_index()}': position}
 
   def get_state(self):
-    return {'position': self.position}
+    return self.position
 
   def set_state(self, state):
-    self.position = state['position']
+    self.position = state
 
 
 def state_of(step: int, sharding, replicated) -> dict:
@@ -212,11 +212,12 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(two_processes):
 
 def test_processes_seal_their_shares_and_agree_on_the_newest_whole_checkpoint(two_processes):
   directory, *both = two_processes
-  for index, found in enumerate(both):
+  for found in both:
     assert found['latest'] == 20
     assert found['shares'][0] - found['shares'][1] in (0, 1) and found['shares'][1] > 4
     assert found['seals'] == ['seal.0-of-2.json', 'seal.1-of-2.json']
-    assert (found['step'], found['metadata'], found['data']) == (10, {'step': 10}, 1000 + index)
+    positions = {'of process 0': 1000, 'of process 1': 1001}
+    assert (found['step'], found['metadata'], found['data']) == (10, {'step': 10}, positions)
     assert found['kernels'] == [True, True] and found['rng'] == [10, 5]
   lines = [line for found in both for line in found['log'].splitlines() if 'is damaged and passed over' in line]
   assert len(lines) == 1 and f'{directory}/00000020' in lines[0]
@@ -237,8 +238,13 @@ def test_a_checkpoint_of_two_processes_is_restored_in_one(two_processes):
   assert found['kernel'].sharding == state['kernel'].sharding
   np.testing.assert_array_equal(found['kernel'], KERNEL * 10)
   np.testing.assert_array_equal(jax.random.key_data(found['rng']), [10, 5])
-  with pytest.raises(CheckpointError, match=r'for process 0 of 1; it has data.0-of-2.json, data.1-of-2.json$'):
-    reader.restore(abstract(state, replicated), Counter(0))
+  counter = Counter(0)
+  reader.restore(abstract(state, replicated), counter)
+  assert counter.position == {'of process 0': 1000, 'of process 1': 1001}
+  for path in (directory / '00000010').glob('data.*.json'):
+    path.rename(path.with_name(f'not.{path.name}'))
+  with pytest.raises(CheckpointError, match=r'has no data position$'):
+    Checkpointer(directory, keep=None)._data_state(Mark(10))
 
 
 # One process.
