@@ -5,7 +5,7 @@ of the run folder. The kinds:
 
   steps       steps of the optimizer that are part of the run: what no other kind has taken
   repeated    steps that a kill undid, from the one that the next attempt restored to the last that was noted
-  startup     from the beginning of an attempt to its first step: data, folder, compilation
+  startup     from the beginning of an attempt to its first step: imports, tracing, data, compilation
   restore     finding, checking and reading a checkpoint
   data        waiting for a batch; the device may be busy with the step before, so this is an upper bound
   evaluation  held-out batches, their compilation too
@@ -27,7 +27,7 @@ class Goodput:
     goodput = Goodput()
     with goodput.spent('restore'):
       ...
-    goodput.resume(text of the file or None, start)
+    goodput.resume(content of the file or None, start)
     goodput.begin_steps()
     for step in ...:
       with goodput.spent('data'):
@@ -35,12 +35,13 @@ class Goodput:
       goodput.shares()                   # {'goodput/steps': 0.93, 'goodput/data': 0.01, ...}, 1 in all
       goodput.note(step)                 # text for the file
 
+  began: when this attempt did, if that was before now.
   clock: seconds since the epoch, as it is compared across attempts.
   """
 
-  def __init__(self, clock: Callable[[], float] = time.time):
+  def __init__(self, began: float | None = None, clock: Callable[[], float] = time.time):
     self._clock = clock
-    self._began = clock()
+    self._began = clock() if began is None else began
     self._spent = dict.fromkeys(KINDS, 0.0)  # of this attempt; its steps are the remainder
     self._before = dict.fromkeys(KINDS, 0.0)
     self.attempts = 1
@@ -54,13 +55,13 @@ class Goodput:
     finally:
       self._spent[kind] += max(0.0, self._clock() - start)
 
-  def resume(self, noted: str | None, start: int) -> None:
+  def resume(self, noted: bytes | None, start: int) -> None:
     """Takes over what earlier attempts noted. This one continues from step `start`: what they did after it is repeated.
 
     A note that cannot be read counts as none.
     """
     try:
-      before = json.loads(noted or '')
+      before = json.loads(noted or b'')
       last, ended = int(before['step']), float(before['time'])
       self._before |= {kind: float(before['seconds'][kind]) for kind in KINDS}
       self.attempts = int(before['attempts']) + 1
@@ -81,6 +82,10 @@ class Goodput:
     spent = self._spent | {'steps': self._remainder()}
     return {kind: self._before[kind] + spent[kind] for kind in KINDS}
 
+  def elapsed(self) -> float:
+    """Seconds since this attempt began."""
+    return self._clock() - self._began
+
   def shares(self) -> dict[str, float]:
     """Of the wall time since the first attempt began, under the tags of TensorBoard."""
     seconds = self.seconds()
@@ -100,4 +105,4 @@ class Goodput:
 
   def _remainder(self) -> float:
     """Seconds of this attempt that nothing has claimed."""
-    return max(0.0, self._clock() - self._began - sum(self._spent.values()))
+    return max(0.0, self.elapsed() - sum(self._spent.values()))

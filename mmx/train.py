@@ -59,6 +59,7 @@ def main(argv):
 
 def run_experiment():
   """What the flags ask for: seed by seed, each arm that has not finished, then the comparison of all that have."""
+  began = time.time()
   experiment_file = config.load_experiment(CONFIG.value, SCALE.value)
   arms = {name: config.select_arm(experiment_file, name) for name in ARM.value or experiment_file.arms}
   for assignment in SET.value:
@@ -115,8 +116,9 @@ def run_experiment():
                    'the same command continues')
       if run.arm not in programs:
         programs[run.arm] = Programs(arms[run.arm])
-      if not train(run, programs[run.arm], experiment_file.arms, preemption, tracer):
+      if not train(run, programs[run.arm], experiment_file.arms, preemption, tracer, goodput.Goodput(began)):
         return
+      began = time.time()
       if distributed.is_primary():
         summary = write_summary()
   if distributed.is_primary():
@@ -224,31 +226,29 @@ def open_data(experiment: config.Experiment, mesh) -> Data:
   return Data(vocabulary, iterator, put, [put(batch) for batch in heldout.batches], heldout.bytes_per_token, corpus)
 
 
-def train(run: Run, programs: Programs, arms, preemption, tracer) -> bool:
+def train(run: Run, programs: Programs, arms, preemption, tracer, spent) -> bool:
   """Trains one run to its end and writes result.json; False if `preemption` asked to stop on the way.
 
-  arms: names that train.init_from may mean. tracer: `profiler.Profiler`.
+  arms: names that train.init_from may mean. tracer: `profiler.Profiler`. spent: `goodput.Goodput` of this attempt.
 
   Raises:
     ConfigError: the data do not fit, which leaves no trace, or another job has the folder.
   """
   from mmx import distributed
 
-  spent = goodput.Goodput()
   data = open_data(run.experiment, programs.mesh)  # before the folder, and before anything is compiled
   with distributed.claim(run.folder):
     return train_claimed(run, programs, data, arms, preemption, tracer, spent)
 
 
 def train_claimed(run, programs, data, arms, preemption, tracer, spent) -> bool:
-  """`train` in a folder that no other job writes to. spent: `goodput.Goodput` of this attempt."""
+  """`train` in a folder that no other job writes to."""
   import jax
   import numpy as np
 
   from mmx import checkpoint, distributed, flops, metrics, watch
   from mmx.evals import run as evals
 
-  began = time.time()
   experiment, mesh = run.experiment, programs.mesh
   t, steps, primary = experiment.train, experiment.train.steps, distributed.is_primary()
   tokens_per_step = experiment.data.batch_size * experiment.data.seq_len
@@ -278,7 +278,7 @@ def train_claimed(run, programs, data, arms, preemption, tracer, spent) -> bool:
     run.folder.mkdir(parents=True, exist_ok=True)
     metrics.write_whole(run.folder / 'config.gin', config.dump(experiment))
     metrics.write_whole(run.folder / 'run.json', json.dumps(provenance(data.corpus, start), indent=1))
-    spent.resume(spent_file.read_text() if spent_file.exists() else None, start)
+    spent.resume(spent_file.read_bytes() if spent_file.exists() else None, start)
 
   # ---- what a researcher sees
   peak = flops.peak_flops(mesh.devices.flat[0], experiment.model.compute_dtype) * programs.devices
@@ -417,7 +417,7 @@ def train_claimed(run, programs, data, arms, preemption, tracer, spent) -> bool:
         'flops_per_token': flops_per_token,
         'load_max_over_mean': metrics.load_scalars(load_LE)['load_max_over_mean'],
         'router_entropy': float(last.get('router/entropy', math.nan)),
-        'ruler': ruler, 'curve': curve, 'wall_seconds': time.time() - began, 'goodput': spent.summary(),
+        'ruler': ruler, 'curve': curve, 'wall_seconds': spent.elapsed(), 'goodput': spent.summary(),
         **provenance(data.corpus, start),
     }
     writer.finish()

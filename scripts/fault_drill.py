@@ -373,7 +373,7 @@ def about(flags, found: list[dict], disks: str, seconds: float) -> dict:
       'command': f'python scripts/fault_drill.py --drills={flags.drills} --seed={flags.seed} --kinds={flags.kinds}',
       'drills': len(found), 'lost_nothing': sum(told['same'] for told in found), 'seconds': round(seconds),
       'steps': STEPS, 'checkpoint_every': SAVE_EVERY, 'local_checkpoint_every': SAVE_LOCALLY_EVERY, 'full_disk': disks,
-      'device': f'{os.cpu_count()} CPU cores, {flags.jobs} drills at a time',
+      'device': f'{os.cpu_count()} CPU cores, {flags.jobs} drills at a time, load average {os.getloadavg()[2]:.0f}',
       'versions': {'python': sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in names},
       'date': time.strftime('%Y-%m-%d'), 'each': found,
   }  # fmt: skip
