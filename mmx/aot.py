@@ -36,25 +36,40 @@ class Proof:
   peak: int  # what is alive at once at most, arguments included
   memory: float  # of the chip
   model_flops: float  # that the model needs, as in MFU
-  executed_flops: float  # with what rematerialisation computes again
+  executed_flops: float  # of the program: with what is computed again
   traffic: float  # bytes read and written, at most
   collectives: list[hlo.Collective]
-  seconds: dict[str, float]  # compute, memory, links: each alone at the chip's full rate
+  # compute, memory, links: each alone at full rate. chip: instructions one after the other, each as long as the longer
+  # of its products and its bytes.
+  seconds: dict[str, float]
   compile_seconds: float
   host_memory: int  # of the compiling process, at most
 
   @property
   def least(self) -> float:
-    """Seconds of a step if compute, memory and links overlap wholly."""
-    return max(self.seconds.values())
+    """Seconds of a step if chips never wait for each other: what they send travels while they work."""
+    return max(self.seconds['chip'], self.seconds['links'])
 
   @property
   def most(self) -> float:
-    """Seconds of a step if nothing overlaps."""
-    return sum(self.seconds.values())
+    """Seconds of a step if chips stand still while anything travels."""
+    return self.seconds['chip'] + self.seconds['links']
 
   def utilisation(self, seconds) -> float:
     return self.model_flops / self.executed_flops * self.seconds['compute'] / seconds
+
+
+def executed(work: list[hlo.Work], fill, mixing_flops) -> list[hlo.Work]:
+  """`work` with the FLOPs that kernels do: those of experts state full buffers, of which `fill` is full where loads are
+  even; those of attention state none and share `mixing_flops`."""
+  silent = sum(w.kernel and not w.flops for w in work)
+
+  def true(w):
+    if not w.kernel:
+      return w
+    return dataclasses.replace(w, flops=w.flops * fill if w.flops else mixing_flops / silent)
+
+  return [true(w) for w in work]
 
 
 class DoesNotFit(RuntimeError):
@@ -133,23 +148,47 @@ def prove(experiment: config.Experiment, name: str) -> Proof:
   memory = compiled.memory_analysis()
   computations, entry = hlo.parse(compiled.as_text())
   times = hlo.runs(computations, entry)
-  collectives, traffic = hlo.collectives(computations, times), hlo.traffic(computations, times)
+  collectives = hlo.collectives(computations, times)
   count, model = flops.count_parameters(experiment.model), experiment.model
   tokens = experiment.data.batch_size * experiment.data.seq_len
   model_flops = flops.step_flops(experiment) * tokens / chips
-  executed = model_flops * (4 / 3 if model.remat == 'full' else 1)
+  again = 4 / 3 if model.remat == 'full' else 1
+  work = executed(hlo.work(computations, times), fill(experiment, mesh), again * mixing_flops(experiment) / chips)
+  executed_flops, traffic = sum(w.flops for w in work), sum(w.bytes for w in work)
+  peak_flops = flops.peak_flops(devices[0], model.compute_dtype)
   return Proof(
       topology=name, chips=chips, mesh=dict(mesh.shape), parameters=count.total, active=count.active, tokens=tokens,
       arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes,
-      peak=memory.peak_memory_in_bytes, memory=chip.memory, model_flops=model_flops, executed_flops=executed,
+      peak=memory.peak_memory_in_bytes, memory=chip.memory, model_flops=model_flops, executed_flops=executed_flops,
       traffic=traffic, collectives=collectives,
       seconds={
-          'compute': executed / flops.peak_flops(devices[0], model.compute_dtype),
+          'compute': executed_flops / peak_flops,
           'memory': traffic / chip.memory_rate,
           'links': sum(c.bytes for c in collectives) / chip.links,
+          'chip': sum(max(w.flops / peak_flops, w.bytes / chip.memory_rate) for w in work),
       },
       compile_seconds=compile_seconds, host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
   )
+
+
+def fill(experiment: config.Experiment, mesh) -> float:
+  """Share of the rows kept for experts that come where loads are even."""
+  from mmx.layers import moe_transport
+
+  moe, shards = experiment.model.moe, mesh.shape['expert']
+  tokens = experiment.data.batch_size * experiment.data.seq_len // experiment.train.accumulate
+  N = tokens * mesh.shape['tensor'] // mesh.size
+  capacity = moe_transport.capacity_of(N, moe.top_k, moe.num_experts, moe.capacity_factor)
+  return min(1.0, N * moe.top_k / moe_transport.rows_kept(N, moe.top_k, moe.num_experts, shards, capacity))
+
+
+def mixing_flops(experiment: config.Experiment) -> float:
+  """FLOPs of a step between tokens, forward and backward, which attention's kernels spend: all chips."""
+  model, T = experiment.model, experiment.data.seq_len
+  layers = [layer for s in config.parse_pattern(model.pattern) for layer in s.unit * s.repeats]
+  layers += layers[-1:] * model.mtp.depth
+  tokens = experiment.data.batch_size * T
+  return 3 * tokens * sum(flops.mixing_flops(model, layer.mixer, T) for layer in layers)
 
 
 def _one_line(error) -> str:
@@ -185,13 +224,16 @@ def describe(proof: Proof) -> str:
       f'{proof.tokens / 1e6:.2f}M tokens a step',
       f'memory a chip  arguments {gib(proof.arguments)}, temporaries {gib(proof.temporaries)}, peak {gib(proof.peak)} '
       f'of {gib(proof.memory)} ({proof.peak / proof.memory:.0%})',
-      f'work a chip    {proof.model_flops / 1e12:,.1f} TFLOP of the model, {proof.executed_flops / 1e12:,.1f} with '
-      f'rematerialisation; {proof.traffic / GIB:,.0f} GiB of memory traffic at most',
+      f'work a chip    {proof.model_flops / 1e12:,.1f} TFLOP of the model, {proof.executed_flops / 1e12:,.1f} of '
+      f'the program; {proof.traffic / GIB:,.0f} GiB of memory traffic at most',
       'collectives' + ('' if by_layer else '    none'), *by_layer,
       f'time           compute {seconds["compute"]:.2f} s, memory {seconds["memory"]:.2f} s, links '
       f'{seconds["links"]:.2f} s, each alone at the rate its vendor states',
-      f'predicted      {proof.least:.2f} s a step if they overlap wholly ({proof.utilisation(proof.least):.0%} of the '
-      f'peak at work on the model), {proof.most:.2f} s if not at all ({proof.utilisation(proof.most):.0%})',
+      f'predicted      {proof.least:.2f} s a step if what is sent travels while chips work '
+      f'({proof.utilisation(proof.least):.0%} of the peak at work on the model), {proof.most:.2f} s if they stand still '
+      f'meanwhile ({proof.utilisation(proof.most):.0%});',
+      '               each instruction as long as the longer of its products at the peak and its bytes at the rate of the '
+      'memory, experts evenly loaded',
       f'compiled in    {proof.compile_seconds:.0f} s with {gib(proof.host_memory)} of this host\'s memory',
   ])
 

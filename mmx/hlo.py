@@ -1,4 +1,4 @@
-"""What a compiled program does, read off its text: collectives and their bytes, memory traffic, loops multiplied out.
+"""What a compiled program does, read off its text: collectives, products and memory traffic, loops multiplied out.
 
 XLA's own cost analysis counts the body of a loop once, and a model's layers are a loop. Here every computation counts as
 often as its callers run it: a loop's body as often as its condition allows, each branch of a conditional once.
@@ -17,6 +17,7 @@ COLLECTIVES = (
     'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'ragged-all-to-all', 'collective-permute',
     'collective-broadcast',
 )
+KERNELS = re.compile(r'custom_call_target="[^"]*(tpu_custom_call|mosaic|triton|cudnn|fmha)')
 MOVES_NOTHING = {
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all',
     'partition-id', 'replica-id', 'opt-barrier', 'iota', 'reshape',
@@ -30,6 +31,7 @@ class Instruction:
   name: str
   opcode: str
   bytes: float  # of the result, all elements of a tuple
+  elements: float  # of the result
   operands: tuple[str, ...]
   rest: str  # everything behind the opcode
 
@@ -64,7 +66,7 @@ def _instruction(name, told):
   shape, behind = told[:end], told[end:].lstrip()
   opcode, _, rest = behind.partition('(')
   arguments = rest[: _closing('(' + rest, 0) - 2]
-  return Instruction(name, opcode, bytes_of(shape), tuple(re.findall(r'%([\w.\-]+)', arguments)), rest)
+  return Instruction(name, opcode, bytes_of(shape), elements_of(shape), tuple(re.findall(r'%([\w.\-]+)', arguments)), rest)
 
 
 def _closing(text, start):
@@ -79,9 +81,17 @@ def _closing(text, start):
 
 def bytes_of(shape: str) -> float:
   """'(bf16[2,3]{1,0}, f32[])' -> 16."""
+  return sum(BYTES.get(dtype, 1 if dtype.startswith('f8') else 0) * count for dtype, count in _arrays(shape))
+
+
+def elements_of(shape: str) -> int:
+  """'(bf16[2,3]{1,0}, f32[])' -> 7."""
+  return sum(count for _, count in _arrays(shape))
+
+
+def _arrays(shape):
   found = re.findall(r'\b([a-z]+\d*\w*)\[([\d,]*)\]', shape)
-  return sum(BYTES.get(dtype, 1 if dtype.startswith('f8') else 0) * math.prod(map(int, dims.split(',') if dims else ()))
-             for dtype, dims in found)
+  return [(dtype, math.prod(map(int, dims.split(',') if dims else ()))) for dtype, dims in found]
 
 
 def runs(computations, entry) -> Counter:
@@ -156,14 +166,25 @@ def _group(rest) -> int:
   return 2 if 'source_target_pairs' in rest else 0
 
 
-def traffic(computations, times) -> float:
-  """Bytes that one run reads from and writes to memory: operands and results of whatever is no mere name for another.
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What one instruction does in a run of the program, all its turns together."""
 
-  Of an operand that is only sliced, the slices count, also within a fusion; of an array that is updated in place, the
-  update. An upper bound: a result may stay in a faster memory.
+  name: str  # where in the model it comes from: 'jit(train_step)/.../layer_0/mixer/dot_general'; '' if unknown
+  kernel: bool  # of Pallas or a library; its FLOPs are those that it states, if any
+  flops: float  # of its products
+  bytes: float  # read from and written to memory
+
+
+def work(computations, times) -> list[Work]:
+  """Of whatever is no mere name for another.
+
+  Bytes are operands and results; of an operand that is only sliced, the slices count, also within a fusion; of an array
+  that is updated in place, the update. An upper bound: a result may stay in a faster memory.
   """
-  total = 0.0
+  done = []
   for name, factor in times.items():
+    of_name = {i.name: i for i in computations[name]}
     size_of = {i.name: i.bytes for i in computations[name]}
     for i in computations[name]:
       if i.opcode in MOVES_NOTHING or i.opcode.endswith('-done') or i.opcode in ('async-start', 'async-update'):
@@ -172,8 +193,30 @@ def traffic(computations, times) -> float:
         moved = _fusion_traffic(i, size_of, computations)
       else:
         moved = _read(i, size_of) + _written(i, size_of)
-      total += factor * moved
-  return total
+      source = re.search(r'op_name="([^"]*)"', i.rest)
+      done.append(Work(
+          source[1] if source else '', bool(KERNELS.search(i.rest)), factor * _flops(i, of_name, computations),
+          factor * moved,
+      ))
+  return done
+
+
+def traffic(computations, times) -> float:
+  """Bytes that one run reads from and writes to memory, at most."""
+  return sum(done.bytes for done in work(computations, times))
+
+
+def _flops(i, of_name, computations) -> float:
+  """[m, k] times [k, n] takes 2 mkn, which is twice the root of the product of the three sizes."""
+  if i.opcode == 'fusion':
+    inside = _inside(i, computations)
+    named = {j.name: j for j in inside}
+    return sum(_flops(j, named, computations) for j in inside)
+  if i.opcode in ('dot', 'convolution') or re.search(r'custom_call_target="[^"]*(gemm|matmul)', i.rest):
+    left, right = (of_name[operand].elements if operand in of_name else 0 for operand in i.operands[:2])
+    return 2 * math.sqrt(left * right * i.elements)
+  stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest)
+  return float(stated[1]) if stated else 0.0
 
 
 def _read(i, size_of) -> float:
@@ -190,26 +233,35 @@ def _written(i, size_of) -> float:
 
 def _fusion_traffic(fusion, size_of, computations) -> float:
   """Of each operand what its users inside read; of the result what the last instructions write."""
-  inside = computations.get((re.search(r'calls=%([\w.\-]+)', fusion.rest) or [None, None])[1], [])
+  inside = _inside(fusion, computations)
+  if not inside:
+    return sum(size_of.get(operand, 0) for operand in fusion.operands) + fusion.bytes
   inner = {i.name: i.bytes for i in inside}
-  users = defaultdict(list)
-  for i in inside:
-    for operand in i.operands:
-      users[operand].append(i)
-
-  def read(parameter):
-    """Of a parameter or another name for it."""
-    parts = 0.0
-    for user in users[parameter.name]:
-      if user.opcode in ('bitcast', 'reshape'):
-        parts += read(user)
-      elif user.opcode in ('dynamic-slice', 'gather', 'slice') and user.operands[0] == parameter.name:
-        parts += user.bytes
-      elif user.opcode != 'dynamic-update-slice' or user.operands[0] != parameter.name:
-        return parameter.bytes
-    return min(parts, parameter.bytes)
-
-  reads = sum(read(i) for i in inside if i.opcode == 'parameter')
   updates = [i for i in inside if i.opcode == 'dynamic-update-slice' and i.bytes >= 0.5 * fusion.bytes]
   written = sum(inner.get(i.operands[1], 0) for i in updates) if updates else fusion.bytes
-  return (reads if inside else sum(size_of.get(operand, 0) for operand in fusion.operands)) + written
+  return sum(_part_read(i, inside, computations) for i in inside if i.opcode == 'parameter') + written
+
+
+def _inside(fusion, computations):
+  return computations.get((re.search(r'calls=%([\w.\-]+)', fusion.rest) or [None, None])[1], [])
+
+
+def _part_read(array, inside, computations) -> float:
+  """Bytes of a fusion's parameter, or of another name for it, that the instructions inside read: all of it, or slices,
+  also within fusions of their own; none where it is only updated in place."""
+  parts = 0.0
+  for user in inside:
+    for place, operand in enumerate(user.operands):
+      if operand != array.name:
+        continue
+      if user.opcode in ('bitcast', 'reshape'):
+        parts += _part_read(user, inside, computations)
+      elif user.opcode == 'fusion':
+        nested = _inside(user, computations)
+        parts += sum(_part_read(i, nested, computations) for i in nested
+                     if i.opcode == 'parameter' and int(i.rest.partition(')')[0]) == place)
+      elif place == 0 and user.opcode in ('dynamic-slice', 'gather', 'slice'):
+        parts += user.bytes
+      elif place or user.opcode != 'dynamic-update-slice':
+        return array.bytes
+  return min(parts, array.bytes)

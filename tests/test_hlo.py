@@ -55,6 +55,41 @@ def test_a_loop_that_reads_one_layer_of_many_moves_that_layer():
   assert 64 * 3 * x.nbytes <= scanned <= 64 * 8 * x.nbytes  # 64 times as much if each layer were all of them
 
 
+def test_products_are_counted_in_fusions_and_as_often_as_their_loop_turns():
+  left, right = jnp.ones((48, 32)), jnp.ones((32, 80))
+  function = lambda left, right: jnp.tanh(left @ right).sum()
+  once = sum(w.flops for w in hlo.work(*read(function, left, right)))
+  assert once == pytest.approx(2 * 48 * 32 * 80)
+  square = jnp.ones((64, 64))
+  loop = lambda x: jax.lax.fori_loop(0, LOOPS, lambda i, y: jnp.sin(y @ x), x)
+  assert sum(w.flops for w in hlo.work(*read(loop, square))) == pytest.approx(LOOPS * 2 * 64**3)
+
+
+def test_a_slice_within_a_fusion_within_a_fusion_is_a_slice():
+  program = """
+%inner (a: f32[64,128], b: s32[]) -> f32[1,128] {
+  %a = f32[64,128]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %cut = f32[1,128]{1,0} dynamic-slice(%a, %b, %b), dynamic_slice_sizes={1,128}
+}
+
+%outer (c: s32[], d: f32[64,128]) -> f32[1,128] {
+  %c = s32[] parameter(0)
+  %d = f32[64,128]{1,0} parameter(1)
+  %part = f32[1,128]{1,0} fusion(%d, %c), kind=kLoop, calls=%inner
+  ROOT %sine = f32[1,128]{1,0} sine(%part)
+}
+
+ENTRY %main (e: f32[64,128], f: s32[]) -> f32[1,128] {
+  %e = f32[64,128]{1,0} parameter(0)
+  %f = s32[] parameter(1)
+  ROOT %result = f32[1,128]{1,0} fusion(%f, %e), kind=kLoop, calls=%outer
+}
+"""
+  computations, entry = hlo.parse(program)
+  assert 2 * 512 <= hlo.traffic(computations, hlo.runs(computations, entry)) <= 2 * 512 + 8
+
+
 @pytest.mark.parametrize('shape, size', [
     ('f32[]', 4), ('bf16[2,3]{1,0:T(8,128)(2,1)}', 12), ('(s32[4]{0}, (pred[8], f8e4m3fn[2,2]))', 28), ('token[]', 0),
 ])

@@ -125,15 +125,16 @@ def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementat
   return function(*arguments, most)
 
 
-def experts_on_rows(x_RD, group_sizes_E, w_gate_up_ED2F, w_down_EFD, *, implementation, platform, activation='swiglu'):
-  """Each row's expert on it, [R, D], where rows stand sorted by expert in groups of those sizes (int32 [E]).
+def experts_on_rows(x_RD, weight_R1, group_sizes_E, w_gate_up_ED2F, w_down_EFD, *, implementation, platform,
+                    activation='swiglu'):
+  """Each row's expert on it, times its weight, [R, D]; rows stand sorted by expert in groups of those sizes (int32 [E]).
 
   Rows behind the groups hold anything, before and after. 'reference' has no form of its own and loops.
 
   Raises:
     UnsupportedError: a named implementation does not support the platform.
   """
-  arguments = x_RD, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation
+  arguments = x_RD, weight_R1, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation
   name, gpu = _experts_form(x_RD, w_gate_up_ED2F, implementation, platform)
   if name in ('loop', 'reference'):
     return _grouped.loop_on_rows(*arguments)

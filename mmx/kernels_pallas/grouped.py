@@ -229,11 +229,12 @@ def _loop_backward(activation, most, residuals, dout_ND):
 experts_loop.defvjp(_loop_forward, _loop_backward)
 
 
-def loop_on_rows(x_RD, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation):
+def loop_on_rows(x_RD, weight_R1, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation):
   """`experts_loop` on rows that stand sorted by expert, one assignment each."""
   end_E, row_R = jnp.cumsum(group_sizes_E), jnp.arange(x_RD.shape[0], dtype=jnp.int32)
   ids_R1 = jnp.searchsorted(end_E, row_R, side='right').astype(jnp.int32)[:, None]
-  return experts_loop(x_RD, ids_R1, jnp.ones(ids_R1.shape), w_gate_up_ED2F, w_down_EFD, activation)
+  x_RD = jnp.where(ids_R1 < end_E.size, x_RD, 0)  # blocks hang over into rows that hold anything
+  return experts_loop(x_RD, ids_R1, weight_R1, w_gate_up_ED2F, w_down_EFD, activation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,43 +242,23 @@ def loop_on_rows(x_RD, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation):
 
 
 @jax.custom_vjp
-def dispatch(x_ND, rows: Sorted, here_Nk):
-  """x[token] in row order, [R, D]; its transpose sums each token's rows by gathers."""
-  del here_Nk
-  return x_ND[rows.token_R]
-
-
-def _dispatch_forward(x_ND, rows, here_Nk):
-  return x_ND[rows.token_R], (rows.slot_Nk, here_Nk)
-
-
-def _dispatch_backward(residuals, dx_RD):
-  slot_Nk, here_Nk = residuals
-  return weighted_sum(dx_RD, slot_Nk, here_Nk, here_Nk), None, None
-
-
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+def _dispatch(x_ND, token_R, slot_Nk, here_Nk):
+  """x[token] in row order, [R, D]; its transpose is `_collect`."""
+  del slot_Nk, here_Nk
+  return x_ND[token_R]
 
 
 @jax.custom_vjp
-def combine(y_RD, weights_Nk, rows: Sorted, here_Nk):
-  """`weighted_sum` with gradients by rows and weights that are gathers too."""
-  return weighted_sum(y_RD, rows.slot_Nk, weights_Nk, here_Nk)
+def _collect(y_RD, token_R, slot_Nk, here_Nk):
+  """Sums each token's rows, [N, D]; its transpose is `_dispatch`, and rows behind the groups get anything."""
+  del token_R
+  return weighted_sum(y_RD, slot_Nk, here_Nk, here_Nk)
 
 
-def _combine_forward(y_RD, weights_Nk, rows, here_Nk):
-  return combine(y_RD, weights_Nk, rows, here_Nk), (y_RD, weights_Nk, rows, here_Nk)
-
-
-def _combine_backward(residuals, dout_ND):
-  y_RD, weights_Nk, rows, here_Nk = residuals
-  weight_R = jnp.where(here_Nk, weights_Nk, 0).reshape(-1)[rows.source_R].astype(dout_ND.dtype)
-  dot = lambda slot_N: jnp.sum((dout_ND * y_RD[slot_N]).astype(jnp.float32), axis=-1)
-  dweights = jnp.stack([dot(rows.slot_Nk[:, j]) for j in range(weights_Nk.shape[1])], axis=1)
-  return dout_ND[rows.token_R] * weight_R[:, None], jnp.where(here_Nk, dweights, 0).astype(weights_Nk.dtype), None, None
-
-
-combine.defvjp(_combine_forward, _combine_backward)
+_dispatch.defvjp(lambda x_ND, *tables: (_dispatch(x_ND, *tables), tables),
+                 lambda tables, dx_RD: (_collect(dx_RD, *tables), None, None, None))
+_collect.defvjp(lambda y_RD, *tables: (_collect(y_RD, *tables), tables),
+                lambda tables, dy_ND: (_dispatch(dy_ND, *tables), None, None, None))
 
 
 class Product(NamedTuple):
@@ -288,24 +269,46 @@ class Product(NamedTuple):
 
 
 def experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, product: Product):
-  """Dispatch, `products`, combine. Rows behind the groups fill R up to what the product asks for."""
+  """Rows in expert order, `products`, and back, each way by gathers. Rows behind the groups fill R up to what the product
+  asks for."""
   rows = sort_by_expert(ids_Nk, w_down_EFD.shape[0], most)
   fill = lambda index_R: jnp.pad(index_R, (0, -index_R.shape[0] % product.multiple))
-  rows = rows._replace(token_R=fill(rows.token_R), source_R=fill(rows.source_R))
-  here_Nk = ids_Nk < w_down_EFD.shape[0]
-  x_RD = dispatch(x_ND, rows, here_Nk)
-  return combine(products(x_RD, rows.group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation, product),
-                 weights_Nk, rows, here_Nk)
+  here_Nk, single = ids_Nk < w_down_EFD.shape[0], lambda a: a.reshape(-1, 1)
+  tables = fill(rows.token_R), rows.slot_Nk, here_Nk
+  weight_R1 = _dispatch(single(weights_Nk), fill(rows.source_R), single(rows.slot_Nk), single(here_Nk))
+  x_RD = _dispatch(x_ND, *tables)
+  return _collect(
+      products(x_RD, weight_R1, rows.group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation, product), *tables
+  )
 
 
-def products(x_RD, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation, product: Product):
-  """Experts on rows that stand sorted by expert: two grouped products [R, D] -> [R, 2F] -> [R, D]."""
+def products(x_RD, weight_R1, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation, product: Product):
+  """Experts on rows that stand sorted by expert, times weights: two grouped products [R, D] -> [R, 2F] -> [R, D]."""
   E, F, D = w_down_EFD.shape
   R = x_RD.shape[0]
-  x_RD = jnp.pad(x_RD, ((0, -R % product.multiple), (0, 0)))
-  h_R2F = product.of(x_RD, w_gate_up_ED2F.reshape(E, D, 2 * F), group_sizes_E)
-  act_RF = ACTIVATIONS[activation](h_R2F[:, :F], h_R2F[:, F:])
-  return product.of(act_RF, w_down_EFD, group_sizes_E)[:R]
+  fill = lambda rows: jnp.pad(rows, ((0, -R % product.multiple), (0, 0)))
+  h_R2F = product.of(fill(x_RD), w_gate_up_ED2F.reshape(E, D, 2 * F), group_sizes_E)
+  return product.of(_gated(activation, h_R2F, fill(weight_R1)), w_down_EFD, group_sizes_E)[:R]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(activation, h_R2F, weight_R1):
+  """act(gate, up) * weight, [R, F]. Weighed here, not behind the second product, so that the backward pass needs no
+  output of that product: a layer that is made again leaves it out. Gradients of gate and up are written side by side
+  at once, where autodiff adds two padded halves."""
+  act_RF = ACTIVATIONS[activation](*jnp.split(h_R2F, 2, axis=1))
+  return (act_RF * weight_R1).astype(h_R2F.dtype)
+
+
+def _gated_backward(activation, residuals, dout_RF):
+  h_R2F, weight_R1 = residuals
+  act_RF, back = jax.vjp(ACTIVATIONS[activation], *jnp.split(h_R2F, 2, axis=1))
+  dweight_R1 = jnp.sum((act_RF * dout_RF).astype(jnp.float32), axis=1, keepdims=True)
+  dgate_up = back((dout_RF * weight_R1).astype(act_RF.dtype))
+  return jnp.concatenate(dgate_up, axis=1), dweight_R1.astype(weight_R1.dtype)
+
+
+_gated.defvjp(lambda activation, *arguments: (_gated(activation, *arguments), arguments), _gated_backward)
 
 
 class Kernels(NamedTuple):

@@ -13,8 +13,8 @@ with the matrices of this shard's experts only, and knows nothing of what an exp
   padded   one copy of a token to each shard it visits, in buffers of a fixed size: `all_to_all`.
   ragged   the same copies without the padding: `ragged_all_to_all`. TPU and GPU only; CPU has an emulation for tests.
   direct   one copy of a token for each of its experts, straight to its place among that expert's rows: nothing is sorted
-           or gathered where it arrives, and the weights stay at home. Best for many shards, where two experts of a
-           token seldom share one: among 64, 6% more rows travel than visits, among 8, half as many again (k=8).
+           or gathered where it arrives. Best for many shards, where two experts of a token seldom share one: among 64,
+           4% more rows travel than visits, among 8, half as many again (k=8).
 
 All are dropless unless `capacity_factor` is positive, which then means the same for all of them, and all have static
 shapes: no collective depends on data. Tokens are moved by gathers, forward and backward: the transposed gather, a
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mmx.config import ConfigError
-from mmx.kernels_pallas.grouped import combine, dispatch, sort_by_expert
+from mmx.kernels_pallas.grouped import sort_by_expert
 from mmx.sharding import AXES, BATCH_AXES, batch_spec, platform_of
 
 FULL_TILES = 512  # rows: what kernels take comes in multiples of theirs, which divide this
@@ -47,7 +47,8 @@ class Experts(NamedTuple):
   # (x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most=) -> y_ND. An id equal to their number means 'not here'
   # and adds nothing; at most `most` ids are another.
   of_tokens: Callable
-  # (x_QD, group_sizes_E, w_gate_up_ED2F, w_down_EFD) -> y_QD. Rows stand sorted by expert, behind them anything.
+  # (x_QD, weight_Q1, group_sizes_E, w_gate_up_ED2F, w_down_EFD) -> y_QD. Rows stand sorted by expert; behind them,
+  # anything.
   of_rows: Callable | None = None
 
 
@@ -75,14 +76,23 @@ def apply_capacity(ids_Nk, num_experts, capacity):
   return jnp.where(kept_Nk, ids_Nk, num_experts), kept_Nk, (~kept_Nk).mean(dtype=jnp.float32)
 
 
+def capacity_of(N, k, num_experts, capacity_factor):
+  """Assignments that an expert may have of one shard's N tokens: all where it is dropless."""
+  return min(N, math.ceil(capacity_factor * N * k / num_experts)) if capacity_factor else N
+
+
 def limit(ids_Nk, num_experts, capacity_factor):
-  """Applies `capacity_factor` to one shard's tokens: (ids_Nk, dropped, capacity), capacity N when dropless."""
-  N, k = ids_Nk.shape
+  """Applies `capacity_factor` to one shard's tokens: (ids_Nk, dropped, capacity)."""
+  capacity = capacity_of(*ids_Nk.shape, num_experts, capacity_factor)
   if not capacity_factor:
-    return ids_Nk, jnp.zeros((), jnp.float32), N
-  capacity = min(N, math.ceil(capacity_factor * N * k / num_experts))
+    return ids_Nk, jnp.zeros((), jnp.float32), capacity
   ids_Nk, _, dropped = apply_capacity(ids_Nk, num_experts, capacity)
   return ids_Nk, dropped, capacity
+
+
+def rows_kept(N, k, num_experts, num_shards, capacity):
+  """Rows that a shard must keep for its experts, as many as may come; N * k come where loads are even."""
+  return min(num_shards * N * min(k, num_experts // num_shards), num_experts * capacity)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -240,7 +250,9 @@ def direct(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, n
   num_local, num_shards = w_gate_up_ED2F.shape[0], jax.lax.axis_size(axis_name)
   ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
   N, k = ids_Nk.shape
-  rows, here_Nk = sort_by_expert(ids_Nk, num_experts), ids_Nk < num_experts
+  rows, Q = sort_by_expert(ids_Nk, num_experts), N * k
+  token_Q = jnp.where(jnp.arange(Q) < rows.group_sizes_E.sum(), rows.token_R, N)
+  row_Nk = jnp.where(ids_Nk < num_experts, rows.slot_Nk, Q)
   me = jax.lax.axis_index(axis_name)
 
   # [s, n, e]: of the rows from shard s to shard n's expert e, how many there are, where they begin on s and where on n.
@@ -255,10 +267,12 @@ def direct(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, n
   there, back = (tuple(a.reshape(-1) for a in way) for way in (there, back))
 
   send = functools.partial(ragged_all_to_all, axis_name=axis_name)
-  arrivals = -(-min(num_shards * N * min(k, num_local), num_experts * capacity) // FULL_TILES) * FULL_TILES
-  x_QD = travel(send, arrivals, N * k, dispatch(x_ND, rows, here_Nk), there, back)
-  y_QD = experts.of_rows(x_QD, size_sne[:, me].sum(axis=0), w_gate_up_ED2F, w_down_EFD)
-  return combine(travel(send, N * k, arrivals, y_QD, back, there), weights_Nk, rows, here_Nk), dropped
+  arrivals = -(-rows_kept(N, k, num_experts, num_shards, capacity) // FULL_TILES) * FULL_TILES
+  x_QD = travel(send, arrivals, Q, spread(x_ND, token_Q, row_Nk), there, back)
+  weight_Q1 = spread(weights_Nk.reshape(-1, 1), jnp.where(token_Q < N, rows.source_R, Q), row_Nk.reshape(-1, 1))
+  weight_Q1 = travel(send, arrivals, Q, weight_Q1, there, back)
+  y_QD = experts.of_rows(x_QD, weight_Q1, size_sne[:, me].sum(axis=0), w_gate_up_ED2F, w_down_EFD)
+  return collect(travel(send, Q, arrivals, y_QD, back, there), token_Q, row_Nk), dropped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -41,9 +41,9 @@ def dense_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most=0):
   return jnp.einsum('nef,efd,ne->nd', hidden_NEF, w_down_EFD, weights_NE.astype(x_ND.dtype))
 
 
-def dense_rows(x_QD, group_sizes_E, w_gate_up_ED2F, w_down_EFD):
+def dense_rows(x_QD, weight_Q1, group_sizes_E, w_gate_up_ED2F, w_down_EFD):
   ids_Q1 = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(x_QD.shape[0]), side='right')[:, None]
-  return dense_experts(x_QD, ids_Q1, jnp.ones(ids_Q1.shape), w_gate_up_ED2F, w_down_EFD)
+  return dense_experts(x_QD, ids_Q1, weight_Q1, w_gate_up_ED2F, w_down_EFD)
 
 
 DENSE = Experts(dense_experts, dense_rows)
@@ -289,7 +289,7 @@ def test_empty_rows_cost_the_experts_nothing(transport):
   def count(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most):
     return jnp.full(x_ND.shape, (ids_Nk < w_down_EFD.shape[0]).sum(), x_ND.dtype)
 
-  def count_rows(x_QD, group_sizes_E, w_gate_up_ED2F, w_down_EFD):
+  def count_rows(x_QD, weight_Q1, group_sizes_E, w_gate_up_ED2F, w_down_EFD):
     return jnp.full(x_QD.shape, group_sizes_E.sum(), x_QD.dtype)
 
   x, ids, weights, *matrices = draw(k=3, load='half_empty')[0]
