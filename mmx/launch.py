@@ -112,6 +112,7 @@ class Job:
   log: pathlib.Path
   state: str = 'waiting'  # waiting, running, preempted, finished or failed
   note: str = ''
+  starts: int = 0
   tries: int = 0  # starts since it last got a step further
   step: int = 0  # that it had got to at the last start
   process: subprocess.Popen | None = None
@@ -305,6 +306,7 @@ def ready(job: Job, jobs: list[Job]) -> bool:
 def start(job: Job, prefix: list[str]) -> None:
   """Its commands in one process, which ends with the first of them that fails, as that one did."""
   step = last_step(job.run.folder)
+  job.starts += 1
   job.tries = 1 if step > job.step else job.tries + 1
   job.step = step
   script = ' && '.join(shlex.join([*prefix, *command]) for command in job.start)
@@ -317,7 +319,7 @@ def start(job: Job, prefix: list[str]) -> None:
         ['bash', '-c', script], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )
   job.state = 'running' if LAUNCHER.value == 'local' else 'waiting'
-  job.note = f'start {job.tries}, from step {step}' if step or job.tries > 1 else ''
+  job.note = f'start {job.starts}' if job.starts > 1 else ''
 
 
 def look_at(job: Job) -> None:
@@ -335,7 +337,8 @@ def look_at(job: Job) -> None:
   elif last_step(job.run.folder) <= job.step and job.tries > RETRIES.value:
     job.state, job.note = 'failed', f'started {job.tries} times without a step further ({job.log})'
   else:
-    job.state, job.note = 'preempted', f'with status {status} at step {last_step(job.run.folder)}'
+    by = signal.Signals(-status).name if status < 0 else f'status {status}'
+    job.state, job.note = 'preempted', f'ended by {by} at step {last_step(job.run.folder)}'
   if job.state != 'preempted':
     with open(job.log, 'a') as log:
       for command in job.after:
@@ -376,7 +379,8 @@ def table(jobs: list[Job]) -> str:
     step = f'{last_step(job.run.folder)}/{job.run.experiment.train.steps}'
     rows.append([job.title, job.state, step, job.note])
   left = [max(len(row[column]) for row in rows) for column in (1, 3)]
-  return terminal_table([[row[0], row[1].ljust(left[0]), row[2], row[3].ljust(left[1])] for row in rows])
+  lines = terminal_table([[row[0], row[1].ljust(left[0]), row[2], row[3].ljust(left[1])] for row in rows]).splitlines()
+  return '\n'.join(line.rstrip() for line in lines)
 
 
 def remember(sweep: Sweep, jobs: list[Job]) -> None:

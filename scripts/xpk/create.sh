@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes a GKE cluster with one slice of TPUs (or NODES machines of GPUs), by XPK. Once; then run.sh sends work to it.
+# Makes a GKE cluster with a slice of TPUs or a machine of GPUs, by XPK. Once; then run.sh sends work to it.
 #
 #   CLUSTER=mmx ZONE=us-central1-a ACCELERATOR_TYPE=v5litepod-16 scripts/xpk/create.sh
 #
-# Environment: as place.sh; SLICES, 1 if not set; RESERVATION, on demand if neither it nor SPOT is set.
+# Environment: as place.sh; SLICES for as many runs at a time, 1 if not set; RESERVATION. On demand if neither it nor
+# SPOT is set.
 set -euo pipefail
 source "$(dirname "$0")/place.sh"
 describe_chips

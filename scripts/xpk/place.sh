@@ -2,7 +2,7 @@
 #
 #   CLUSTER           name of the GKE cluster
 #   ZONE              such as us-central1-a
-#   ACCELERATOR_TYPE  v5litepod-16, v5p-128, v6e-256, or of GPUs h200-141gb-8
+#   ACCELERATOR_TYPE  v5litepod-16, v5p-128, v6e-256, or one machine of GPUs such as h200-141gb-8
 #   PROJECT_ID        gcloud's own if not set
 #   SPOT=1            cheaper, and may be taken away at any time
 source "$(dirname "${BASH_SOURCE[0]}")/../launching.sh"
@@ -15,7 +15,7 @@ describe_chips() {
   need ACCELERATOR_TYPE 'such as v5litepod-16, v5p-128, v6e-256 or h200-141gb-8'
   case $ACCELERATOR_TYPE in
     v[4-6]*) chips=(--tpu-type="$ACCELERATOR_TYPE") ;;
-    *) chips=(--device-type="$ACCELERATOR_TYPE" --num-nodes="${NODES:-1}") ;;
+    *) chips=(--device-type="$ACCELERATOR_TYPE" --num-nodes=1) ;; # several find each other under Slurm, not here
   esac
 }
 
