@@ -57,37 +57,71 @@ def main(argv):
 # all arms, all seeds
 
 
-def run_experiment():
-  """What the flags ask for: seed by seed, each arm that has not finished, then the comparison of all that have."""
-  began = time.time()
-  experiment_file = config.load_experiment(CONFIG.value, SCALE.value)
-  arms = {name: config.select_arm(experiment_file, name) for name in ARM.value or experiment_file.arms}
+class Asked(NamedTuple):
+  """What the flags ask for; mmx.sweep has the same ones."""
+
+  file: config.ExperimentFile
+  arms: dict[str, config.Experiment]
+  seeds: list[int]
+  workdir: epath.Path
+
+  def runs(self) -> list[Run]:
+    """Seed by seed, each arm; the arms of the file tell what distinguishes one, however few are asked for."""
+    pairs = [(name, seed) for seed in self.seeds for name in self.arms]
+    differs = arms_differ_in(self.file.arms)
+    return [
+        Run(name, seed, self.arms[name], self.workdir / name / f'seed{seed}', index, len(pairs), differs)
+        for index, (name, seed) in enumerate(pairs, start=1)
+    ]
+
+
+def asked_for() -> Asked:
+  """Raises ConfigError for a flag that cannot be meant."""
+  file = config.load_experiment(CONFIG.value, SCALE.value)
+  arms = {name: config.select_arm(file, name) for name in ARM.value or file.arms}
   for assignment in SET.value:
     field = dict([config.parse_assignment(assignment)])
     arms = {name: config.override(arm, field) for name, arm in arms.items()}
-  if PRINT_CONFIG.value:
-    return print_configs(arms)
   try:
-    seeds = list(dict.fromkeys(int(seed) for seed in SEEDS.value or experiment_file.seeds))
+    seeds = list(dict.fromkeys(int(seed) for seed in SEEDS.value or file.seeds))
   except ValueError:
     raise config.ConfigError(f'--seeds: expected whole numbers, found {",".join(SEEDS.value)}') from None
-  workdir = epath.Path(WORKDIR.value or f'runs/{experiment_file.name}_{SCALE.value}')
+  workdir = epath.Path(WORKDIR.value or f'runs/{file.name}_{SCALE.value}')
+  try:
+    workdir.exists()
+  except ImportError as error:  # fsspec names the package
+    raise config.ConfigError(f"--workdir={workdir}: {error}; pip install -e '.[gcs]' brings it") from None
+  return Asked(file, arms, seeds, workdir)
+
+
+def write_summary(asked: Asked) -> str:
+  """Compares what has finished in the workdir, and returns it as a page of a terminal."""
+  from mmx import report
+  from mmx.evals import report as evals_report
+
+  file, arms = asked.file, list(asked.arms)
+  summary = report.write(asked.workdir, file.metric, file.published, file.doc, arms)
+  return (f'\n{summary.to_terminal()}\n{evals_report.append(asked.workdir, arms)}\n'
+          f'{asked.workdir}/summary.md has the table; tensorboard --logdir {asked.workdir}')
+
+
+def run_experiment():
+  """What the flags ask for: seed by seed, each arm that has not finished, then the comparison of all that have."""
+  began = time.time()
+  asked = asked_for()
+  experiment_file, arms, seeds, workdir = asked
+  if PRINT_CONFIG.value:
+    return print_configs(arms)
   traced = profiler.parse_window(PROFILE.value)
 
   host.use_every_core()
   import jax  # after the flags, so that a mistake in them is told at once
 
-  from mmx import distributed, flops, report
-  from mmx.evals import report as evals_report
+  from mmx import distributed, flops
 
   host.cache_compilations()
   distributed.initialize()
-  pairs = [(name, seed) for seed in seeds for name in arms]
-  differs = arms_differ_in(arms)
-  runs = [
-      Run(name, seed, arms[name], workdir / name / f'seed{seed}', index, len(pairs), differs)
-      for index, (name, seed) in enumerate(pairs, start=1)
-  ]
+  runs = asked.runs()
   for run in runs:
     config.validate(run.experiment, jax.device_count())
     run.check_origin(experiment_file.arms, ahead=runs[: run.index - 1])
@@ -101,10 +135,6 @@ def run_experiment():
         f'  {name}: {count.total / 1e6:.3f}M parameters, {count.active_without_router / 1e6:.3f}M active per token '
         f'(+ {count.router / 1e6:.3f}M router)'
     )
-
-  def write_summary():
-    summary = report.write(workdir, experiment_file.metric, experiment_file.published, experiment_file.doc, list(arms))
-    return f'{summary.to_terminal()}\n{evals_report.append(workdir, list(arms))}'
 
   waiting = [run for run in runs if not run.finished(RESUME.value)]  # all folders are looked at before one is written
   programs = {}
@@ -120,11 +150,9 @@ def run_experiment():
         return
       began = time.time()
       if distributed.is_primary():
-        summary = write_summary()
+        summary = write_summary(asked)
   if distributed.is_primary():
-    if not waiting:
-      summary = write_summary()
-    print(f'\n{summary}\n{workdir}/summary.md has the table; tensorboard --logdir {workdir}')
+    print(summary if waiting else write_summary(asked))
 
 
 def print_configs(arms):

@@ -30,7 +30,6 @@ MAY_IMPORT = {
     'config': 'schema',
     'gin_syntax': 'config',
     'command': 'config',
-    'sweep': 'config',
     'flops': 'config',
     'metrics': '',
     'report': 'metrics',
@@ -53,7 +52,8 @@ MAY_IMPORT = {
     'train_step': 'config sharding layers model loss optimizer spikes',
     'hlo': '',
     'topology': 'config',
-    'aot': 'config command flops hlo topology sharding train_step',
+    'proof': 'config flops hlo topology sharding layers model train_step',
+    'aot': 'config command topology proof',
     'host': '',
     'goodput': '',
     'profiler': 'config',
@@ -62,6 +62,8 @@ MAY_IMPORT = {
         'config command host goodput profiler run flops metrics report watch distributed checkpoint checkpoint_params '
         'sharding data train_step evals'
     ),
+    'launch': 'config command flops metrics report run train evals',
+    'sweep': 'config launch',
 }
 # Parsing gin text is a file of its own, which `config.load` calls and which fills in the schema of config.
 CYCLES = {('config', 'gin_syntax')}

@@ -31,6 +31,8 @@ def test_only_what_stands_out_upwards_is_a_spike():
   state, found = after(losses)
   assert [step for step, spike in enumerate(found) if spike] == [100]
   assert int(state.total) == 1 and int(state.in_a_row) == 0
+  losses[100], losses[105] = 1e4, 4.0  # the first does not blind for the second
+  assert [step for step, spike in enumerate(after(losses)[1]) if spike] == [100, 105]
   norms = np.exp(noisy(300, level=0))
   norms[150] *= 5
   assert [step for step, spike in enumerate(after(noisy(300), norms)[1]) if spike] == [150]
