@@ -32,7 +32,7 @@ from etils import epath
 
 from mmx import config, flops, train
 from mmx.command import errors_in_one_line, stop
-from mmx.run import Run
+from mmx.run import Run, is_remote
 
 LAUNCHER = flags.DEFINE_enum('launcher', 'local', ['local', 'tpu', 'xpk', 'slurm'], 'Where the jobs run.')
 DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print the commands, one a line, and run none.')
@@ -61,13 +61,14 @@ def main(argv):
 
 def run_sweep() -> int:
   """What the flags ask for; the exit status, 0 if every job has finished."""
-  sweep = asked_for()
+  asked = train.asked_for()
   if train.PRINT_CONFIG.value:
-    train.print_configs(sweep.arms)
+    train.print_configs(asked.arms)
     return 0
-  jobs = make_jobs(sweep)
+  check_reach(asked)
+  jobs = make_jobs(asked)
   if WATCH.value:
-    recall(sweep, jobs)
+    recall(asked, jobs)
     print(table(jobs))
     return 0
   check_place(jobs)
@@ -75,31 +76,15 @@ def run_sweep() -> int:
     print_commands(jobs)
     return 0
   with ended_with_us(jobs):
-    see_through(sweep, jobs)
+    see_through(asked, jobs)
   print(f'\n{table(jobs)}')
   if any(job.state == 'finished' for job in jobs):
-    print(f'\n{write_summary(sweep)}\n{sweep.workdir}/summary.md has the table; tensorboard --logdir {sweep.workdir}')
+    print(train.write_summary(asked))
   return 0 if all(job.state == 'finished' for job in jobs) else 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # what is to be done
-
-
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-  """An experiment as the flags change it."""
-
-  file: config.ExperimentFile
-  arms: dict[str, config.Experiment]
-  seeds: list[int]
-  workdir: epath.Path
-
-  @property
-  def logs(self) -> pathlib.Path:
-    """A folder of this machine: what runs elsewhere is followed from here."""
-    there = os.fspath(self.workdir)
-    return pathlib.Path(f'runs/{self.file.name}_{train.SCALE.value}' if '://' in there else there) / 'logs'
 
 
 @dataclasses.dataclass
@@ -122,44 +107,31 @@ class Job:
     return f'{self.run.arm}/seed{self.run.seed}'
 
 
-def asked_for() -> Sweep:
-  """The flags of mmx.train as a sweep. Raises ConfigError for what cannot be meant."""
-  file = config.load_experiment(train.CONFIG.value, train.SCALE.value)
-  arms = {name: config.select_arm(file, name) for name in train.ARM.value or file.arms}
-  for assignment in train.SET.value:
-    field = dict([config.parse_assignment(assignment)])
-    arms = {name: config.override(arm, field) for name, arm in arms.items()}
-  try:
-    seeds = list(dict.fromkeys(int(seed) for seed in train.SEEDS.value or file.seeds))
-  except ValueError:
-    raise config.ConfigError(f'--seeds: expected whole numbers, found {",".join(train.SEEDS.value)}') from None
-  flops.assert_comparable({name: arm.model for name, arm in arms.items()}, file.tolerance)
-  workdir = epath.Path(train.WORKDIR.value or f'runs/{file.name}_{train.SCALE.value}')
-  if LAUNCHER.value in ('tpu', 'xpk'):
-    if '://' not in os.fspath(workdir):
-      raise config.ConfigError(f'--workdir={workdir}: with --launcher={LAUNCHER.value} it must be one that every '
-                               'machine can write and this one read, such as gs://my-bucket/moe')
-    if os.path.isabs(train.CONFIG.value):
-      raise config.ConfigError(f'--config={train.CONFIG.value}: with --launcher={LAUNCHER.value} it must be a path '
-                               'relative to the working tree, which is what is sent')
-  try:
-    workdir.exists()
-  except ImportError as error:  # fsspec names the package
-    raise config.ConfigError(f"--workdir={workdir}: {error}; pip install -e '.[gcs]' brings it") from None
-  return Sweep(file, arms, seeds, workdir)
+def check_reach(asked: train.Asked) -> None:
+  """Raises ConfigError for a workdir or a config that the machines of the jobs would not have."""
+  if LAUNCHER.value in ('local', 'slurm'):
+    return
+  if not is_remote(asked.workdir):
+    raise config.ConfigError(f'--workdir={asked.workdir}: with --launcher={LAUNCHER.value} it must be one that every '
+                             'machine can write and this one read, such as gs://my-bucket/moe')
+  if os.path.isabs(train.CONFIG.value):
+    raise config.ConfigError(f'--config={train.CONFIG.value}: with --launcher={LAUNCHER.value} it must be a path '
+                             'relative to the working tree, which is what is sent')
 
 
-def make_jobs(sweep: Sweep) -> list[Job]:
-  """A job for each seed and arm. Refuses a workdir that holds another config's run, and a start from nothing."""
-  pairs = [(arm, seed) for seed in sweep.seeds for arm in sweep.arms]
-  runs = [
-      Run(arm, seed, sweep.arms[arm], sweep.workdir / arm / f'seed{seed}', index, len(pairs), [])
-      for index, (arm, seed) in enumerate(pairs, start=1)
-  ]
-  jobs = []
+def logs_of(asked: train.Asked) -> pathlib.Path:
+  """A folder of this machine: what runs elsewhere is followed from here."""
+  local = f'runs/{asked.file.name}_{train.SCALE.value}' if is_remote(asked.workdir) else os.fspath(asked.workdir)
+  return pathlib.Path(local) / 'logs'
+
+
+def make_jobs(asked: train.Asked) -> list[Job]:
+  """A job for each run. Refuses arms that cannot be compared, another config's workdir, and a start from nothing."""
+  flops.assert_comparable({name: arm.model for name, arm in asked.arms.items()}, asked.file.tolerance)
+  runs, jobs = asked.runs(), []
   for run in runs:
-    run.check_origin(sweep.file.arms, ahead=runs)
-    job = Job(run, *commands(run, sweep.workdir), log=sweep.logs / f'{run.arm}.seed{run.seed}.log')
+    run.check_origin(asked.file.arms, ahead=runs)
+    job = Job(run, *commands(run, asked.workdir), log=logs_of(asked) / f'{run.arm}.seed{run.seed}.log')
     if run.finished(train.RESUME.value):
       job.state, job.note = 'finished', outcome(run)
     jobs.append(job)
@@ -168,12 +140,12 @@ def make_jobs(sweep: Sweep) -> list[Job]:
 
 def commands(run: Run, workdir: epath.Path) -> tuple[list[list[str]], list[list[str]]]:
   """(start, after) of a job."""
-  asked = [
+  given = [
       line for flag in flags.FLAGS.flags_by_module_dict()['mmx.train'] if flag.present
       and flag.name not in ('arm', 'seeds', 'workdir', 'resume') for line in flag.serialize().split('\n')
   ]
   python = 'python' if LAUNCHER.value in ('tpu', 'xpk') else sys.executable
-  trained = [python, '-m', 'mmx.train', *asked, f'--arm={run.arm}', f'--seeds={run.seed}', f'--workdir={workdir}']
+  trained = [python, '-m', 'mmx.train', *given, f'--arm={run.arm}', f'--seeds={run.seed}', f'--workdir={workdir}']
   name = job_name(run, workdir)
   script = lambda what, *more: [os.path.relpath(SCRIPTS / LAUNCHER.value / f'{what}.sh'), name, *more]
   return {
@@ -253,7 +225,7 @@ def visible_gpus() -> list[str]:
 # doing it
 
 
-def see_through(sweep: Sweep, jobs: list[Job]) -> None:
+def see_through(asked: train.Asked, jobs: list[Job]) -> None:
   """Starts jobs as there is room and looks at them until each has finished or failed."""
   width = JOBS.value or (1 if LAUNCHER.value == 'local' else len(jobs))
   free = shares(width)
@@ -269,7 +241,7 @@ def see_through(sweep: Sweep, jobs: list[Job]) -> None:
       print(f'{time.strftime("%H:%M:%S")}  {job.title}  {job.state}' + (f': {job.note}' if job.note else '')
             + f'  [{done}/{len(jobs)}]', file=sys.stderr, flush=True)
     if changed:
-      remember(sweep, jobs)
+      remember(asked, jobs)
 
   while True:
     for job in jobs:
@@ -279,7 +251,7 @@ def see_through(sweep: Sweep, jobs: list[Job]) -> None:
       if job.process is None:
         free.append(prefix_of.pop(job.title))
         if job.state == 'finished':
-          write_summary(sweep)
+          train.write_summary(asked)
     tell()
     for job in jobs:
       if job.process is None and job.state in ('waiting', 'preempted') and ready(job, jobs) and free:
@@ -383,30 +355,20 @@ def table(jobs: list[Job]) -> str:
   return '\n'.join(line.rstrip() for line in lines)
 
 
-def remember(sweep: Sweep, jobs: list[Job]) -> None:
+def remember(asked: train.Asked, jobs: list[Job]) -> None:
   """For --watch in another terminal."""
   from mmx.metrics import write_whole
 
-  sweep.workdir.mkdir(parents=True, exist_ok=True)
+  asked.workdir.mkdir(parents=True, exist_ok=True)
   states = {job.title: {'state': job.state, 'note': job.note} for job in jobs}
-  write_whole(sweep.workdir / STATES, json.dumps(states, indent=1))
+  write_whole(asked.workdir / STATES, json.dumps(states, indent=1))
 
 
-def recall(sweep: Sweep, jobs: list[Job]) -> None:
-  states = json.loads((sweep.workdir / STATES).read_text()) if (sweep.workdir / STATES).exists() else {}
+def recall(asked: train.Asked, jobs: list[Job]) -> None:
+  states = json.loads((asked.workdir / STATES).read_text()) if (asked.workdir / STATES).exists() else {}
   for job in jobs:
     if job.state != 'finished' and job.title in states:
       job.state, job.note = states[job.title]['state'], states[job.title]['note']
-
-
-def write_summary(sweep: Sweep) -> str:
-  """Compares what has finished, as mmx.train does; each job has compared only what it knew of."""
-  from mmx import report
-  from mmx.evals import report as evals_report
-
-  file = sweep.file
-  summary = report.write(sweep.workdir, file.metric, file.published, file.doc, list(sweep.arms))
-  return f'{summary.to_terminal()}\n{evals_report.append(sweep.workdir, list(sweep.arms))}'
 
 
 def outcome(run: Run) -> str:
@@ -430,4 +392,9 @@ def last_line(log: pathlib.Path) -> str:
 
 
 def command() -> None:
+  """`python -m mmx.sweep`. What --help says is this file's, though that one was called."""
+  sys.modules['__main__'].__doc__ = __doc__
+  for module in ('mmx.launch', 'mmx.train'):
+    for flag in flags.FLAGS.flags_by_module_dict()[module]:
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   app.run(main, flags_parser=train.parse_flags)

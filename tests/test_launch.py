@@ -455,6 +455,12 @@ def test_bad_input_is_one_line_and_starts_nothing(sweep, flags, line):
   assert not sweep.fakes.calls()
 
 
+def test_help_is_about_the_command_and_lists_its_flags(place):
+  told = command('mmx.sweep', place, '--help').stdout
+  assert told.strip().startswith('Runs the arms and seeds of an experiment as jobs')
+  assert all(f'--{flag}' in told or f'--[no]{flag}' in told for flag in ('launcher', 'dry_run', 'jobs', 'config', 'arm'))
+
+
 def test_another_configs_workdir_is_refused(sweep):
   for path, text in below(sweep.workdir, finished(('fine', 0), sweep.arms['fine'])).items():
     os.makedirs(os.path.dirname(path), exist_ok=True)
