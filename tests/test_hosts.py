@@ -199,7 +199,7 @@ def test_one_process_killed_stops_the_other_and_the_same_command_continues_bit_f
 @pytest.mark.slow
 @pytest.mark.parametrize('axis', ['fsdp', 'expert', 'tensor', 'context'])
 def test_two_processes_train_exactly_like_one(place, job, axis):
-  mesh = ['--set=mesh.fsdp=1', f'--set=mesh.{axis}=2']
+  mesh = ['--set=mesh.num_devices=2', '--set=mesh.fsdp=1', f'--set=mesh.{axis}=2']
   for name, shape in {'one': (1, 2), 'two': (2, 1)}.items():
     processes = job(f'{name}.{axis}', *shape, *mesh)
     assert [process.returncode for process in processes] == [0] * shape[0], processes[0].lines
