@@ -75,7 +75,7 @@ def run_sweep() -> int:
   if DRY_RUN.value:
     print_commands(jobs)
     return 0
-  with ended_with_us(jobs):
+  with ended_with_us(asked, jobs):
     see_through(asked, jobs)
   print(f'\n{table(jobs)}')
   if any(job.state == 'finished' for job in jobs):
@@ -100,11 +100,17 @@ class Job:
   starts: int = 0
   tries: int = 0  # starts since it last got a step further
   step: int = 0  # that it had got to at the last start
+  log_begins: int = 0  # bytes that were in the log before the last start
   process: subprocess.Popen | None = None
+  giving_back: subprocess.Popen | None = None
 
   @property
   def title(self) -> str:
     return f'{self.run.arm}/seed{self.run.seed}'
+
+  def said(self) -> list[str]:
+    """Lines of the log since the last start."""
+    return self.log.read_bytes()[self.log_begins :].decode(errors='replace').splitlines()
 
 
 def check_reach(asked: train.Asked) -> None:
@@ -203,6 +209,8 @@ def shares(count: int) -> list[list[str]]:
   if glob.glob('/dev/accel[0-9]*'):
     raise config.ConfigError(f'--jobs={count}: the chips of a TPU host serve one process; leave --jobs out')
   gpus = visible_gpus()
+  if not gpus and not hasattr(os, 'sched_getaffinity'):
+    return [[]] * count  # a system that does not bind processes to cores
   things, what = (gpus, 'GPUs') if gpus else ([str(core) for core in sorted(os.sched_getaffinity(0))], 'cores')
   size = len(things) // count
   if not size:
@@ -230,7 +238,10 @@ def see_through(asked: train.Asked, jobs: list[Job]) -> None:
   width = JOBS.value or (1 if LAUNCHER.value == 'local' else len(jobs))
   free = shares(width)
   prefix_of = {}
-  told = {}
+  told = {job.title: ('waiting', '') for job in jobs}
+  for job in jobs:
+    if job.state == 'finished':
+      give_back(job)  # what a sweep that was stopped may have left
 
   def tell():
     """A line for each job whose state or note has changed, for whoever looks on and for --watch."""
@@ -259,8 +270,12 @@ def see_through(asked: train.Asked, jobs: list[Job]) -> None:
         start(job, prefix_of[job.title])
     tell()
     if len(free) == width:  # nothing runs and nothing could be started
-      return
+      break
     time.sleep(LOOK_SECONDS)
+  for job in jobs:
+    if job.giving_back is not None and job.giving_back.wait():
+      job.note += f'; what it ran on could not be given back, see {job.log}'
+  tell()
 
 
 def ready(job: Job, jobs: list[Job]) -> bool:
@@ -282,43 +297,52 @@ def start(job: Job, prefix: list[str]) -> None:
   job.tries = 1 if step > job.step else job.tries + 1
   job.step = step
   script = ' && '.join(shlex.join([*prefix, *command]) for command in job.start)
-  job.log.parent.mkdir(parents=True, exist_ok=True)
-  with open(job.log, 'a') as log:
-    log.write(f'$ {script}\n')
-    log.flush()
-    # In a session of its own: Ctrl-C reaches this command alone, which then stops its jobs with one signal each.
-    job.process = subprocess.Popen(
-        ['bash', '-c', script], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-    )
+  job.log_begins = job.log.stat().st_size if job.log.exists() else 0
+  job.process = in_background(script, job.log)
   job.state = 'running' if LAUNCHER.value == 'local' else 'waiting'
   job.note = f'start {job.starts}' if job.starts > 1 else ''
+
+
+def give_back(job: Job) -> None:
+  """Of a job that is over. Takes minutes, which nobody waits for before the end."""
+  if job.after:
+    job.giving_back = in_background(' && '.join(map(shlex.join, job.after)), job.log)
+
+
+def in_background(script: str, log: pathlib.Path) -> subprocess.Popen:
+  """In a session of its own: Ctrl-C reaches this command alone, which then stops its jobs with one signal each."""
+  log.parent.mkdir(parents=True, exist_ok=True)
+  with open(log, 'a') as file:
+    file.write(f'$ {script}\n')
+    file.flush()
+    bash = ['bash', '-c', script]
+    return subprocess.Popen(bash, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
 
 
 def look_at(job: Job) -> None:
   """Brings the state of a job with a process up to date; without one it is over, or to be started again."""
   status = job.process.poll()
   if status is None:
-    if job.state == 'waiting' and (states := re.findall(r'^state: (.*)$', job.log.read_text(), re.MULTILINE)):
-      job.state, job.note = ('running', '') if states[-1] == 'running' else ('waiting', states[-1])
+    if job.state == 'waiting' and (states := [line for line in job.said() if line.startswith('state: ')]):
+      state = states[-1].removeprefix('state: ')
+      job.state, job.note = ('running', '') if state == 'running' else ('waiting', state)
     return
   job.process = None
   if job.run.finished():
     job.state, job.note = 'finished', outcome(job.run)
   elif status not in (0, AGAIN) and 0 < status < 128:  # a signal is 128 + its number, or negative
-    job.state, job.note = 'failed', f'{last_line(job.log)} ({job.log})'
+    job.state, job.note = 'failed', f'{last_words(job)} ({job.log})'
   elif last_step(job.run.folder) <= job.step and job.tries > RETRIES.value:
     job.state, job.note = 'failed', f'started {job.tries} times without a step further ({job.log})'
   else:
     by = signal.Signals(-status).name if status < 0 else f'status {status}'
     job.state, job.note = 'preempted', f'ended by {by} at step {last_step(job.run.folder)}'
   if job.state != 'preempted':
-    with open(job.log, 'a') as log:
-      for command in job.after:
-        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    give_back(job)
 
 
 @contextlib.contextmanager
-def ended_with_us(jobs: list[Job]):
+def ended_with_us(asked: train.Asked, jobs: list[Job]):
   """However the block ends, so do the processes of its jobs: by SIGTERM, upon which mmx.train saves."""
   def interrupt(*_):
     raise KeyboardInterrupt
@@ -331,11 +355,14 @@ def ended_with_us(jobs: list[Job]):
          + 'the same command continues')
   finally:
     signal.signal(signal.SIGTERM, previous)
-    running = [job.process for job in jobs if job.process is not None and job.process.poll() is None]
-    for process in running:
-      os.killpg(process.pid, signal.SIGTERM)
-    for process in running:
-      process.wait()
+    running = [job for job in jobs if job.process is not None and job.process.poll() is None]
+    for job in running:
+      os.killpg(job.process.pid, signal.SIGTERM)
+    for job in running:
+      job.process.wait()
+      job.state, job.note = 'waiting', 'for this command to be given again'
+    if running:
+      remember(asked, jobs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -384,9 +411,9 @@ def last_step(folder: epath.Path) -> int:
   return json.loads(lines[-1])['step'] if lines else 0
 
 
-def last_line(log: pathlib.Path) -> str:
+def last_words(job: Job) -> str:
   """The error that a job ended with, or whatever it said last."""
-  lines = [line.strip() for line in log.read_text(errors='replace').splitlines() if line.strip()]
+  lines = [line.strip() for line in job.said() if line.strip()]
   errors = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
   return (errors or lines)[-1][:200]
 

@@ -281,6 +281,8 @@ def test_the_command_ends_with_its_jobs(sweep, place):
     time.sleep(0.05)
   running.send_signal(signal.SIGINT)
   told = running.communicate(timeout=60)[1]
+  states_left = json.loads((sweep.workdir / 'sweep.json').read_text())
+  assert {state['state'] for state in states_left.values()} == {'waiting'}
   assert running.returncode == 1 and told.splitlines()[-1] == 'error: stopped; the same command continues'
   workdir = f'--workdir={sweep.workdir}'.encode()
   deadline = time.monotonic() + 30
@@ -341,13 +343,16 @@ def test_a_preempted_slice_is_asked_for_anew_and_its_run_is_collected(cloud):
   assert f'worker.sh {name} python -m mmx.train --config=question.py --arm=fine --seeds=0' in ssh[-1]
 
 
-def test_a_config_error_on_a_slice_is_not_tried_again_and_the_slice_is_given_back(cloud):
+def test_a_config_error_on_a_slice_is_not_tried_again_and_the_slice_is_given_back(cloud, place):
   cloud.fakes.play({
       'queued-resources describe': [ABSENT, {'out': 'ACTIVE'}], **READY,
       'tpu-vm ssh': [{'status': 1, 'err': 'error: mesh.expert: 3 does not divide 8 devices\n'}],
   })
-  status, printed, _ = cloud(*TPU, '--seeds=0', '--arm=fine')
-  assert status == 1 and states(printed) == {'fine/seed0': 'failed'}
+  log = place / 'runs/question_cpu/logs/fine.seed0.log'
+  log.parent.mkdir(parents=True, exist_ok=True)
+  log.write_text('state: running\nerror: of another day\n')
+  status, printed, told = cloud(*TPU, '--seeds=0', '--arm=fine')
+  assert status == 1 and states(printed) == {'fine/seed0': 'failed'} and 'another day' not in printed + told
   assert 'mesh.expert: 3 does not divide 8 devices' in printed
   assert [verb for verb, _ in requests(cloud.fakes, 'create', 'delete', 'ssh')] == ['create', 'ssh', 'delete']
 
@@ -359,7 +364,19 @@ def test_each_run_has_a_slice_of_its_own_and_all_at_once(cloud):
   cloud.fakes.play({'queued-resources describe': [{'out': 'ACTIVE'}], **READY, 'tpu-vm ssh': [{'write': written}]})
   assert cloud(*TPU)[0] == 0
   assert len({name for _, name in requests(cloud.fakes, 'delete')}) == 4
-  assert cloud(*TPU)[0] == 0 and len(requests(cloud.fakes, 'delete')) == 4  # nothing anew
+  cloud.fakes.play({'queued-resources describe': [{'out': 'ACTIVE'}, ABSENT], **READY})
+  assert cloud(*TPU)[0] == 0  # as after a sweep that was stopped when its last run had just finished
+  assert [verb for verb, _ in requests(cloud.fakes, 'create', 'ssh', 'delete')] == ['delete']
+
+
+def test_a_slice_that_could_not_be_deleted_is_told(cloud):
+  done = {'write': below(cloud.there, finished(('fine', 0), cloud.arms['fine']))}
+  cloud.fakes.play({
+      'queued-resources describe': [{'out': 'ACTIVE'}], **READY, 'tpu-vm ssh': [done],
+      'queued-resources delete': [{'status': 1, 'err': 'ERROR: PERMISSION_DENIED\n'}],
+  })
+  _, printed, told = cloud(*TPU, '--seeds=0', '--arm=fine')
+  assert 'could not be given back' in printed and 'could not be given back' in told
 
 
 def test_xpk_sends_waits_and_collects(cloud):
@@ -458,7 +475,7 @@ def test_bad_input_is_one_line_and_starts_nothing(sweep, flags, line):
 def test_help_is_about_the_command_and_lists_its_flags(place):
   told = command('mmx.sweep', place, '--help').stdout
   assert told.strip().startswith('Runs the arms and seeds of an experiment as jobs')
-  assert all(f'--{flag}' in told or f'--[no]{flag}' in told for flag in ('launcher', 'dry_run', 'jobs', 'config', 'arm'))
+  assert all(flag in told for flag in ('--launcher', '--[no]dry_run', '--jobs', '--config', '--arm'))
 
 
 def test_another_configs_workdir_is_refused(sweep):
