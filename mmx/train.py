@@ -261,12 +261,18 @@ def train(run: Run, programs: Programs, arms, preemption, tracer, spent) -> bool
 
   Raises:
     ConfigError: the data do not fit, which leaves no trace, or another job has the folder.
+    OSError: something cannot be written, such as on a full disk; it names a path.
   """
   from mmx import distributed
 
   data = open_data(run.experiment, programs.mesh)  # before the folder, and before anything is compiled
-  with distributed.claim(run.folder):
-    return train_claimed(run, programs, data, arms, preemption, tracer, spent)
+  try:
+    with distributed.claim(run.folder):
+      return train_claimed(run, programs, data, arms, preemption, tracer, spent)
+  except OSError as error:
+    if error.errno is None or error.filename is not None:
+      raise
+    raise OSError(error.errno, error.strerror, os.fspath(run.folder)) from error  # a write does not say what it wrote
 
 
 def train_claimed(run, programs, data, arms, preemption, tracer, spent) -> bool:

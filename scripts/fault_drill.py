@@ -192,7 +192,8 @@ def drill(place: Place, number: int, fault: Fault) -> dict:
     while told['attempts'] < MAX_ATTEMPTS and not (run_folder(workdir) / 'result.json').exists():
       process = place.run(fault, workdir, told['attempts'])
       told['attempts'] += 1
-      told['ends'].append([process.returncode, (process.stderr.strip().splitlines() or [''])[-1][-200:]])
+      last_line = (process.stderr.strip().splitlines() or [''])[-1].replace(f'{place.folder}/', '')
+      told['ends'].append([process.returncode, last_line])
       (workdir / 'ballast').unlink(missing_ok=True)
       if told['attempts'] == 1:
         told['damaged'] = damage(place, workdir, fault)

@@ -1,7 +1,9 @@
 """Long runs through the command: little lost between checkpoints, spikes skipped, time accounted for."""
 
+import errno
 import functools
 import json
+import os
 import shutil
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from etils import epath
 
 import bucket
-from mmx import checkpoint, distributed
+from mmx import checkpoint, distributed, metrics
 from mmx.data import pipeline
 from mmx.goodput import KINDS
 from test_train import (  # noqa: F401 (fixtures)
@@ -65,6 +67,15 @@ def test_a_window_of_the_profiler_lies_where_tensorboard_looks_for_it(one_run, c
   found, folder = one_run(None, '--profile=6:8')
   assert found is None and list(folder.glob('plugins/profile/*/*.xplane.pb'))
   assert 'tracing steps 6 to 7 into ' in capfd.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_folder_that_is_on_it(one_run, monkeypatch):  # noqa: F811
+  def no_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(metrics.RunWriter, 'scalars', no_room)
+  found, folder = one_run()
+  assert found.startswith(f'[Errno {errno.ENOSPC}] No space left on device: ') and 'coarse/seed0' in found
 
 
 def test_a_second_job_on_a_run_is_refused_and_harms_nothing(one_run, place):  # noqa: F811
