@@ -346,7 +346,7 @@ def test_a_preempted_slice_is_asked_for_anew_and_its_run_is_collected(cloud):
 def test_a_config_error_on_a_slice_is_not_tried_again_and_the_slice_is_given_back(cloud, place):
   cloud.fakes.play({
       'queued-resources describe': [ABSENT, {'out': 'ACTIVE'}], **READY,
-      'tpu-vm ssh': [{'status': 1, 'err': 'error: mesh.expert: 3 does not divide 8 devices\n'}],
+      'tpu-vm ssh': [{'status': 1, 'err': 'mesh.expert: 3 does not divide 8 devices\n'}],
   })
   log = place / 'runs/question_cpu/logs/fine.seed0.log'
   log.parent.mkdir(parents=True, exist_ok=True)
