@@ -138,8 +138,10 @@ def shift_keys(module, model: ModelConfig, x_BTD, context: Context, cache):
     return x_BTD, {}
   D = x_BTD.shape[-1]
   gates_2D = param(module, 'key_shift', (2, D), ('gate_up', 'norm'), nn.initializers.constant(0.5)).astype(x_BTD.dtype)
-  first_B1D = jnp.zeros_like(x_BTD[:, :1]) if cache is None else cache['previous'][:, None]
-  before_BTD = jnp.concatenate([first_B1D.astype(x_BTD.dtype), x_BTD[:, :-1]], axis=1)
+  if cache is None:
+    before_BTD = context_parallel.one_before(x_BTD, module.mesh)
+  else:
+    before_BTD = jnp.concatenate([cache['previous'][:, None].astype(x_BTD.dtype), x_BTD[:, :-1]], axis=1)
   before_BTD = jnp.where(context.positions_BT[..., None] > 0, before_BTD, 0)
   kept = {}
   if cache is not None:

@@ -12,8 +12,9 @@ Shard i of n holds the tokens i*T to (i+1)*T of each row, T = S/n. What a mixer 
              shards' are gathered and summed with their decays (`add_state_before`).
   msa        keys, values and index keys of the whole row, gathered; a query's work is the same wherever it stands.
 
-What precedes a token by one (key shift, MTP) is left to XLA's partitioner. All but `sharded` and `ways` is to be called
-within `jax.shard_map`. No array is [S, S].
+  key shift  the last token of the shard before.
+
+What follows a token (MTP) is of ids, four bytes a token, and left to XLA's partitioner. No array is [S, S].
 
 Letters: B rows, T tokens of a shard, S of a row, n shards, H heads, K kv heads, Dh head dim.
 """
@@ -70,6 +71,21 @@ def slide(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, mesh, wind
     return sight(q_BTHDh, *every, start=count)
 
   return sharded(shard, mesh, q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT)
+
+
+def one_before(x_BTD, mesh):
+  """x[:, t - 1], zeros for the row's first token. XLA's partitioner would turn rows over to all shards and back."""
+  shift = lambda x_BTD, first_B1D: jnp.concatenate([first_B1D.astype(x_BTD.dtype), x_BTD[:, :-1]], axis=1)
+  if ways(mesh) == 1:
+    return shift(x_BTD, jnp.zeros_like(x_BTD[:, :1]))
+  rows, tokens = sharding.spec_of(('batch', 'length'), x_BTD.shape[:2], mesh)
+  shard = lambda x_BTD: shift(x_BTD, before(x_BTD, 1, ways(mesh), 0))
+  spec = P(rows, tokens, None)
+  return jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x_BTD)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mixers, within a shard_map
 
 
 def add_state_before(o_BTHDh, q_BTHDh, state_BHDhDh, slopes_H, segment_ids_BT, shards):
