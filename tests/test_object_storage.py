@@ -1,7 +1,8 @@
 """Workdirs that several machines share: gs://, where nothing is ever appended to, and files that many write at once."""
 
 import json
-import multiprocessing
+import subprocess
+import sys
 
 import bucket
 import pytest
@@ -79,22 +80,22 @@ def test_the_comparison_is_read_from_and_written_there(root, tmp_path):
   assert list((root / 'summary').glob('events.*')) and not list(tmp_path.rglob('*.partial'))
 
 
-def write_often(path, letter):
-  for _ in range(300):
-    metrics.write_whole(path, letter * 100_000)
+WRITE_OFTEN = """
+import sys
+from mmx import metrics
+for _ in range(300):
+  metrics.write_whole(sys.argv[1], sys.argv[2] * 100_000)
+"""
 
 
 def test_who_reads_a_file_that_others_write_finds_one_text_whole(tmp_path):
   """As the jobs of a sweep that end together do with summary.md, and the sweep itself."""
   path = tmp_path / 'summary.md'
   path.write_text('c' * 100_000)
-  start = multiprocessing.get_context('fork')
-  writers = [start.Process(target=write_often, args=(path, letter)) for letter in 'ab']
-  for writer in writers:
-    writer.start()
+  writers = [subprocess.Popen([sys.executable, '-c', WRITE_OFTEN, path, letter]) for letter in 'ab']
   found = {path.read_text()}
-  while any(writer.is_alive() for writer in writers):
+  while any(writer.poll() is None for writer in writers):
     found.add(path.read_text())
-  assert [writer.exitcode for writer in writers] == [0, 0]
+  assert [writer.returncode for writer in writers] == [0, 0]
   assert found <= {letter * 100_000 for letter in 'abc'} and len(found) > 1
   assert list(tmp_path.iterdir()) == [path]
