@@ -1,6 +1,8 @@
 """`python -m mmx.aot` on small models and real slices."""
 
 import json
+import math
+import re
 
 import pytest
 
@@ -31,6 +33,36 @@ def test_a_small_model_on_four_chips_is_proved_and_recorded(file, tmp_path, caps
   assert {'all-gather', 'all-reduce'} <= set(kinds)
   assert any(c['count'] >= 3 for c in found['collectives'])  # once a layer
   assert 0 < found['utilisation']['most'] <= found['utilisation']['least'] <= 1
+
+
+@pytest.mark.parametrize('mode, tokens', [('prefill', 8 * 256), ('decode', 8)])
+def test_a_step_of_serving_is_proved_with_every_kind_of_cache(file, tmp_path, mode, tokens):
+  sets = [f'--set={path}' for path in ('model.pattern=lightning full msa', 'model.msa.index_dim=64', 'mesh.fsdp=1',
+                                       'mesh.tensor=2')]
+  aot.main([f'--config={file}', '--topology=v5e:2x2', f'--mode={mode}', f'--json={tmp_path}/out.json', *sets])
+  found = json.loads((tmp_path / 'out.json').read_text())
+  assert (found['mode'], found['tokens']) == (mode, tokens)
+  assert 0 < found['arguments'] < found['peak'] < found['memory']
+  assert 0 < found['utilisation']['most'] <= 1
+
+
+def test_the_mesh_that_is_found_is_the_fastest_of_those_that_fit(file, capsys):
+  aot.main([f'--config={file}', '--topology=v5e:2x2', '--find', '--set=data.batch_size=4', '--set=data.seq_len=128'])
+  told = capsys.readouterr()
+  tried = [line for line in told.err.splitlines() if line.startswith('[')]
+  times = [float(re.search(r' to ([\d.]+) s', line)[1]) for line in tried if ' to ' in line]
+  assert len(tried) == len(set(line.split('] ')[1].split(':')[0] for line in tried)) >= 6 and times
+  assert 'v5e:2x2: 4 chips, mesh ' in told.out and 'predicted' in told.out
+
+
+def test_meshes_are_products_of_sides_that_divide_the_experiment():
+  small = tiny.experiment(mesh__num_devices=0, **SMALL)
+  found = {tuple(getattr(e.mesh, axis) for axis in aot.FOUND_AXES) for e in aot.meshes(small, 'v5p:2x2x4', 'train')}
+  assert (16, 1, 1, 1) not in found  # 8 rows
+  assert {(4, 2, 2, 1), (2, 4, 1, 2), (1, 1, 2, 8)} <= found
+  assert all(math.prod(sizes) == 16 for sizes in found)
+  served = aot.meshes(small, 'v5p:2x2x4', 'decode')
+  assert all(experiment.mesh.context == 1 for experiment in served)
 
 
 def test_what_does_not_fit_is_refused_with_what_would_help(file):
