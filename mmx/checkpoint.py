@@ -210,7 +210,8 @@ class Checkpointer:
       self.wait()
     finally:
       self._background.shutdown()
-      self._orbax.close()
+      with contextlib.suppress(Exception):  # what `save` or `wait` has told in one line, again and in a page
+        self._orbax.close()
 
   # Writing.
 

@@ -322,6 +322,15 @@ def test_a_write_that_fails_in_the_background_surfaces_and_the_previous_checkpoi
   assert found[0] == 1 and words(found[1]['kernel']) == words(big['kernel'] * 2)
 
 
+def test_a_failure_that_was_told_is_not_raised_again_by_close(tmp_path, monkeypatch):
+  checkpointer = Checkpointer(tmp_path, keep=1)
+  monkeypatch.setattr(checkpointer._orbax, 'save', lambda *_, **__: 1 / 0)
+  monkeypatch.setattr(checkpointer._orbax, 'close', lambda: 1 / 0)
+  with pytest.raises(CheckpointError, match='division by zero'):
+    checkpointer.save(1, {'kernel': np.ones(3)}, None, METADATA)
+  checkpointer.close()
+
+
 def test_a_disk_without_room_is_told_in_one_line_and_the_previous_checkpoint_stays(tmp_path, monkeypatch):
   checkpointer = Checkpointer(tmp_path, keep=1)
   checkpointer.save(1, {'kernel': np.ones(1000)}, None, METADATA)
