@@ -11,7 +11,6 @@ Shard i of n holds the tokens i*T to (i+1)*T of each row, T = S/n. What a mixer 
   lightning  the state before its own tokens. States add up: a shard's part of the state is one matrix per head, and all
              shards' are gathered and summed with their decays (`add_state_before`).
   msa        keys, values and index keys of the whole row, gathered; a query's work is the same wherever it stands.
-
   key shift  the last token of the shard before.
 
 What follows a token (MTP) is of ids, four bytes a token, and left to XLA's partitioner. No array is [S, S].
