@@ -1,8 +1,8 @@
 """One job to a folder: two that write the same checkpoints and curves would spoil both.
 
 `claim.json` in the folder says who has it. Where the file system has locks, a lock keeps it, which dies with its
-process, so that a killed job bars nobody. Elsewhere (gs://, some network mounts) the file is written again every RENEW_S
-seconds, and one that stays the same for LEASE_S has lapsed: after a kill, the next start waits that long.
+process, so that a killed job bars nobody. Elsewhere (gs://, some network mounts) the file is written again every
+RENEW_S seconds, and one that stays the same for LEASE_S has lapsed: after a kill, the next start waits that long.
 """
 
 import contextlib

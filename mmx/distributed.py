@@ -45,7 +45,9 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
   of the three is known, a SLURM step of several tasks or TPU slices of several hosts are found by jax itself.
 
   Raises:
-    ConfigError: one or two of the three are known, a number is none or out of range, or the others do not come.
+    ConfigError: one or two of the three are known, or one is no number, out of range, or no host:port.
+
+  Ends the process with a line and exit code 1 if the others have not come after CONNECT_TIMEOUT_S.
   """
   given = {
       'MMX_COORDINATOR': coordinator or os.environ.get('MMX_COORDINATOR'),
@@ -74,8 +76,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
 
 
 def _join(*cluster) -> None:
-  """jax.distributed.initialize, which ends the process in a page of C++ frames if somebody does not come: we do before."""
-  known = dict(zip(('process 0 at', 'processes', 'this is process'), cluster))
+  """jax.distributed.initialize, which aborts with a page of C++ frames if somebody does not come; we end before it."""
+  known = dict(zip(('process 0 at', 'processes', 'this is process'), cluster, strict=False))
   told = ', '.join(f'{name} {value}' for name, value in known.items()) or 'as SLURM or the TPU slice names them'
 
   def give_up():

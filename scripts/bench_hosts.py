@@ -65,8 +65,10 @@ def main(argv):
   print(f'two processes reach {TARGET} of one: {"yes" if met else "no"}')
   if OUTPUT.value:
     figures = {
-        'experiment': {'config': CONFIG.value, 'arm': ARM.value, 'set': SET.value, 'rows_per_device': base.data.batch_size,
-                       'tokens_per_row': base.data.seq_len, 'steps': STEPS.value, 'rounds': ROUNDS.value},
+        'experiment': {
+            'config': CONFIG.value, 'arm': ARM.value, 'set': SET.value, 'rows_per_device': base.data.batch_size,
+            'tokens_per_row': base.data.seq_len, 'steps': STEPS.value, 'rounds': ROUNDS.value,
+        },
         'device': 'CPU devices, one per core, collectives through gloo on loopback', 'machine': told,
         'tokens_per_second_per_core': per_core, 'ratios': ratios, 'target': TARGET,
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """Several processes on loopback are one training: same curve, same parameters, and nothing is lost when one is killed.
 
-Each job is `python -m mmx.train` with CPU devices that talk through gloo. `python tests/test_hosts.py STEP --config=...`
-is the command that kills itself when the batch of STEP is asked for, with a watch that is quicker to judge.
+Each job is `python -m mmx.train` with CPU devices that talk through gloo. `python tests/test_hosts.py STEP ...` is the
+command that kills itself when the batch of STEP is asked for, with a watch that is quicker to judge.
 
 Sums of two addends are the same in any order, so two devices give the same bits in one process and in two. Of four,
 gloo adds them in another order than XLA does within a process: equal are all jobs of several processes, and one process
@@ -172,7 +172,7 @@ def killed(place, job):
 # --- by default -------------------------------------------------------------------------------------------------------
 
 
-def test_one_process_killed_stops_the_other_and_the_same_command_continues_bit_for_bit(place, job, one, killed, tmp_path):
+def test_one_process_killed_stops_the_other_and_the_same_command_continues_bit_for_bit(place, job, one, killed):
   folder, first, second = killed
   assert second.returncode == -signal.SIGKILL and first.returncode == watch.ENDED
   assert re.fullmatch(

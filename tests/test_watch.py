@@ -181,7 +181,8 @@ def test_a_killed_process_of_several_has_last_words_and_one_that_ends_has_none(t
   beaten(tmp_path, 0), beaten(tmp_path, 1)
   killed.process.kill()
   assert killed.ended(-signal.SIGKILL) == [
-      f'error: process 0 (pid {killed.pid} on {HOST}) was killed, or jax ended it because another process is gone; {AGAIN}'
+      f'error: process 0 (pid {killed.pid} on {HOST}) was killed, '
+      f'or jax ended it because another process is gone; {AGAIN}'
   ]
   assert not [line for line in ended.go().ended(0) if line.startswith('error')]
 
