@@ -157,13 +157,13 @@ MAY_BE_ZERO = frozenset("""
 BELOW = {'data.heldout_fraction': 1, 'optim.b1': 1, 'optim.b2': 1, 'data.seed': 2**32, 'train.seed': 2**32}
 
 
-def validate(experiment: Experiment, num_devices: int | None = None, num_processes: int | None = None) -> Experiment:
+def validate(experiment: Experiment, num_devices: int | None = None) -> Experiment:
   """The experiment itself, if every value is in range and all shapes divide; None skips what hangs on that number.
 
   Raises:
     ConfigError: the first problem, in one line with the fields and their values.
   """
-  for message, _ in _problems(experiment, num_devices, num_processes):
+  for message, _ in _problems(experiment, num_devices):
     raise ConfigError(message)
   return experiment
 
@@ -193,7 +193,7 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
   return sizes | {axis: used // fixed for axis in left}
 
 
-def _problems(experiment: Experiment, num_devices: int | None, num_processes: int | None):
+def _problems(experiment: Experiment, num_devices: int | None):
   """(message, paths of the fields involved), one after the other; later ones may rely on earlier ones being absent."""
   values = to_flat_dict(experiment)
   axes = [f'mesh.{axis}' for axis in MESH_AXES]
@@ -268,8 +268,6 @@ def _problems(experiment: Experiment, num_devices: int | None, num_processes: in
     product = f'mesh.replica * mesh.fsdp * mesh.expert = {" * ".join(map(str, shards))}'
     message = f'{shown("data.batch_size")}: its {rows} rows per microbatch do not divide by {product}'
     yield message, ['data.batch_size', 'train.accumulate', *axes[:3]]
-  if num_processes:
-    yield from indivisible('data.batch_size', 'the number of processes', num_processes)
 
   if optim.final_lr_ratio > 1:
     yield f'{shown("optim.final_lr_ratio")}: must be at most 1', ['optim.final_lr_ratio']
@@ -301,7 +299,7 @@ def load(path: str | os.PathLike) -> Experiment:
       raise ConfigError(f'{binding.where}: {error}') from None
     line_of.pop(binding.path, None)
     line_of[binding.path] = binding.where
-  for message, paths in _problems(experiment, None, None):
+  for message, paths in _problems(experiment, None):
     lines = [where for field, where in line_of.items() if field in paths]
     raise ConfigError(f'{lines[-1] if lines else path}: {message}')
   return experiment

@@ -320,12 +320,6 @@ def test_what_is_not_used_is_not_refused(overrides):
   assert config.validate(experiment, num_devices=8) is experiment
 
 
-def test_batch_divides_by_processes():
-  assert config.validate(Experiment(), 8, num_processes=4) == Experiment()
-  found = message(config.validate, Experiment(), 8, num_processes=3)
-  assert found == 'data.batch_size = 16: does not divide by the number of processes = 3'
-
-
 def test_mesh_takes_what_is_left():
   def mesh(*sizes, num_devices=0):
     return config.MeshConfig(*sizes, num_devices=num_devices)
