@@ -138,8 +138,6 @@ def trace_serving(experiment, mesh, new_tokens):
 
   from mmx import model, sharding, train_step
 
-  if mesh.shape['context'] > 1:
-    raise config.ConfigError(f'mesh.context = {mesh.shape["context"]}: caches are not split over it; it must be 1')
   m, B = experiment.model, experiment.data.batch_size
   dtype = jnp.dtype(m.compute_dtype)
   state = train_step.abstract_state(experiment, mesh)

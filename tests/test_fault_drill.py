@@ -33,6 +33,7 @@ def drilled(tmp_path, *arguments) -> dict:
   return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_a_kill_with_a_flipped_byte_and_a_full_disk_lose_nothing(tmp_path):
   figures = drilled(tmp_path, '--drills=2', '--kinds=flip,disk', '--seed=0')
   assert figures['lost_nothing'] == 2

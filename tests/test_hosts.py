@@ -25,6 +25,8 @@ from absl import app
 from mmx import checkpoint, config, sharding, train_step, watch
 from mmx.data import pipeline
 
+pytestmark = pytest.mark.slow  # two real processes by default are those of tests/test_distributed.py
+
 EXPERIMENT = '''"""Do hosts matter?"""
 
 from mmx import config
@@ -169,9 +171,6 @@ def killed(place, job):
   return run_folder(place, 'killed'), *job('killed', 2, 1, kill={1: 7})
 
 
-# --- by default -------------------------------------------------------------------------------------------------------
-
-
 def test_one_process_killed_stops_the_other_and_the_same_command_continues_bit_for_bit(place, job, one, killed):
   folder, first, second = killed
   assert second.returncode == -signal.SIGKILL and first.returncode == watch.ENDED
@@ -193,10 +192,6 @@ def test_one_process_killed_stops_the_other_and_the_same_command_continues_bit_f
   assert not list(folder.glob('heartbeat*')) and not (folder / 'claim.json').exists()
 
 
-# --- the long way -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('axis', ['fsdp', 'expert', 'tensor', 'context'])
 def test_two_processes_train_exactly_like_one(place, job, axis):
   mesh = ['--set=mesh.num_devices=2', '--set=mesh.fsdp=1', f'--set=mesh.{axis}=2']
@@ -206,7 +201,6 @@ def test_two_processes_train_exactly_like_one(place, job, axis):
   assert_same_run(run_folder(place, f'two.{axis}'), run_folder(place, f'one.{axis}'))
 
 
-@pytest.mark.slow
 def test_four_processes_train_exactly_like_two_and_nearly_like_one(place, job):
   for name, shape in {'1x4': (1, 4), '2x2': (2, 2), '4x1': (4, 1)}.items():
     processes = job(name, *shape)
@@ -215,7 +209,6 @@ def test_four_processes_train_exactly_like_two_and_nearly_like_one(place, job):
   assert_same_run(run_folder(place, '4x1'), run_folder(place, '1x4'), rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_process_0_killed_stops_the_other_and_the_same_command_continues_bit_for_bit(place, job, one):
   first, second = job('first_killed', 2, 1, kill={0: 7})
   assert first.returncode == -signal.SIGKILL and second.returncode in (-signal.SIGABRT, watch.ENDED)
@@ -226,7 +219,6 @@ def test_process_0_killed_stops_the_other_and_the_same_command_continues_bit_for
   assert_same_run(run_folder(place, 'first_killed'), one)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(('processes', 'devices', 'rtol'), [(1, 2, 0), (4, 1, 1e-5)])
 def test_what_two_processes_saved_is_continued_by_any_number(place, job, one, killed, processes, devices, rtol):
   workdir = f'two_to_{processes}'
@@ -238,7 +230,6 @@ def test_what_two_processes_saved_is_continued_by_any_number(place, job, one, ki
   assert_same_run(run_folder(place, workdir), one, rtol=rtol)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_is_continued_by_two_processes_and_by_one(place, job, one):
   (process,) = job('eight', 1, 8, kill={0: 7})
   assert process.returncode == -signal.SIGKILL
@@ -251,7 +242,6 @@ def test_a_checkpoint_of_eight_devices_is_continued_by_two_processes_and_by_one(
     assert_same_run(run_folder(place, workdir), one, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_more_processes_than_rows_is_one_line_of_each(job):
   processes = job('too_many', 3, 1)
   for index, process in enumerate(processes):

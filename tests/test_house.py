@@ -159,7 +159,11 @@ def test_what_is_public_and_long_says_what_it_is():
 
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
-SCALES = [(path.stem, scale) for path in EXPERIMENTS for scale in config.load_experiment(path).scales]
+# Big scales of all experiments but one are the slow ones' part: each traces for 10 to 30 s.
+SCALES = [
+    pytest.param(path.stem, scale, marks=() if scale == 'cpu' or path.stem == 'moe_ablation' else pytest.mark.slow)
+    for path in EXPERIMENTS for scale in config.load_experiment(path).scales
+]
 
 
 def abstract_batch(experiment):

@@ -171,6 +171,7 @@ def both(place):
   return whole, command('mmx.sweep', place, '--workdir=swept', jobs, KILL_ONCE=str(place / 'killed'))
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_killed_job_ends_in_the_table_of_one_command(place, both):
   whole, swept = both
   assert whole.returncode == 0, whole.stderr
@@ -190,6 +191,7 @@ def test_a_sweep_with_a_killed_job_ends_in_the_table_of_one_command(place, both)
   assert list((place / 'swept/summary').glob('events.*'))
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_started_again_from_its_checkpoint(place, both):
   swept = both[1].stderr
   assert (place / 'killed').exists() and swept.count('fine/seed1  running') == 2
@@ -197,6 +199,7 @@ def test_a_killed_job_is_started_again_from_its_checkpoint(place, both):
   assert result(place / 'swept/fine/seed1')['started_at_step'] == 4
 
 
+@pytest.mark.slow
 def test_the_same_command_starts_nothing_that_has_finished(place, both):
   before = {path: path.stat().st_mtime_ns for path in (place / 'swept').glob('*/seed*/*')}
   again = command('mmx.sweep', place, '--workdir=swept')
