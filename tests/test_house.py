@@ -159,11 +159,13 @@ def test_what_is_public_and_long_says_what_it_is():
 
 
 EXPERIMENTS = sorted((ROOT / 'experiments').glob('*.py'))
-# Big scales of all experiments but one are the slow ones' part: each traces for 10 to 30 s.
-SCALES = [
-    pytest.param(path.stem, scale, marks=() if scale == 'cpu' or path.stem == 'moe_ablation' else pytest.mark.slow)
-    for path in EXPERIMENTS for scale in config.load_experiment(path).scales
-]
+# Every scale of one experiment, and the smallest of the others: big ones take 10 to 30 s each to trace. M2's three
+# stages are one model at three lengths.
+QUICK = ('moe_ablation', 'h200'), ('moe_ablation', 'v5p_64'), *(
+    (path.stem, 'cpu') for path in EXPERIMENTS if path.stem != 'm2_pretrain'
+)
+ALL = [(path.stem, scale) for path in EXPERIMENTS for scale in config.load_experiment(path).scales]
+SCALES = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in ALL]
 
 
 def abstract_batch(experiment):
