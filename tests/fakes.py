@@ -6,6 +6,7 @@ PATH is a folder of the fakes and of links to the few tools that the scripts use
 import json
 import os
 import shutil
+import signal
 import sys
 
 TOOLS = 'awk bash cat dirname env grep id kill mkdir mktemp nohup python3 realpath rm setsid sleep tail touch'.split()
@@ -38,6 +39,12 @@ if 'signal' in answer:
   os.kill(os.getpid(), answer['signal'])
 sys.exit(answer.get('status', 0))
 '''
+
+
+def heed_signals() -> None:
+  """For `preexec_fn`: what runs the tests may ignore these, as nohup does, and a child would inherit that."""
+  for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 
 
 class Fakes:

@@ -10,7 +10,7 @@ import tarfile
 import time
 
 import pytest
-from fakes import Fakes
+from fakes import Fakes, heed_signals
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / 'scripts'
 SHELL = sorted(path for path in SCRIPTS.rglob('*') if path.suffix in ('.sh', '.sbatch'))
@@ -234,7 +234,9 @@ def worker(fakes, tmp_path):
   def run(*command):
     words = ['bash', 'worker.sh', 'job', *command]
     out = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    return subprocess.Popen(words, cwd=home, env=fakes.environment, start_new_session=True, **out)
+    return subprocess.Popen(
+        words, cwd=home, env=fakes.environment, start_new_session=True, preexec_fn=heed_signals, **out
+    )
 
   return run
 

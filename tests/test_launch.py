@@ -17,7 +17,7 @@ import bucket
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from fakes import Fakes
+from fakes import Fakes, heed_signals
 
 from mmx import config, launch, train
 
@@ -278,7 +278,9 @@ def test_the_command_ends_with_its_jobs(sweep, place):
   script = f'import sys\nfrom mmx import launch\nsys.executable = {sys.executable!r}\nlaunch.command()'
   command = [PYTHON, '-c', script, '--config=question.py', f'--workdir={sweep.workdir}', '--seeds=0', '--jobs=2']
   environment = os.environ | {'CUDA_VISIBLE_DEVICES': '0,1', 'PYTHONPATH': os.pathsep.join(sys.path)}
-  running = subprocess.Popen(command, cwd=place, env=environment, stderr=subprocess.PIPE, text=True)
+  running = subprocess.Popen(
+      command, cwd=place, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals
+  )
   deadline = time.monotonic() + 60
   while len(sweep.fakes.calls()) < 2 and time.monotonic() < deadline and running.poll() is None:
     time.sleep(0.05)
