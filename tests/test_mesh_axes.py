@@ -28,7 +28,7 @@ MIXED = config.override(SMALL, {
 ALONE = [(axis,) for axis in config.MESH_AXES]
 PAIRS = list(itertools.combinations(config.MESH_AXES, 2))
 # 10 to 30 s each; by default the axis that tests/test_train_step.py lays on no mesh.
-BY_DEFAULT = ('context',), ('expert', 'context')
+BY_DEFAULT = [('expert', 'context')]
 QUICK = [axes if axes in BY_DEFAULT else pytest.param(axes, marks=pytest.mark.slow) for axes in ALONE + PAIRS]
 
 

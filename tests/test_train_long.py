@@ -28,6 +28,7 @@ def seconds(folder):
   return result(folder)['goodput']['seconds']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('damaged', [False, True])
 def test_the_newest_whole_checkpoint_of_both_places_is_continued(one_run, place, tmp_path, damaged):  # noqa: F811
   found, folder = one_run(poisoned_at(7), *local(tmp_path))

@@ -24,6 +24,7 @@ def converted(place, here):  # noqa: F811
   return place / 'converted'
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_arms_parameters_and_new_ones_where_it_has_none(converted, train):  # noqa: F811
   experiment = config.load(converted / 'sparse/seed0/config.gin')
   fresh = train_step.init_state(experiment, sharding.build_mesh(experiment.mesh))
@@ -42,6 +43,7 @@ def test_a_run_starts_from_another_arms_parameters_and_new_ones_where_it_has_non
   assert int(state.step) == 0
 
 
+@pytest.mark.slow
 def test_a_converted_run_is_warmed_up_learns_its_index_and_tells_of_it(converted):
   told = rows(converted / 'sparse/seed0')
   training = [row for row in told if 'loss' in row]

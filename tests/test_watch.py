@@ -114,6 +114,7 @@ def test_a_hang_is_ended_with_every_stack_and_one_line(tmp_path, start):
   assert 'in waits_for_ever' in stacks and 'in _pulse' in stacks
 
 
+@pytest.mark.slow
 def test_a_hang_names_the_processes_that_are_silent(tmp_path, start):
   killed, second, third = start('waits', 'hangs', 'hangs', timeout=5)
   beaten(tmp_path, 0)

@@ -75,7 +75,9 @@ def case(name, *overrides, length=LENGTH):
   return Case(name, overrides, length)
 
 
-@pytest.mark.parametrize('documents', ROWS)
+@pytest.mark.parametrize('documents', [
+    pytest.param(name, marks=pytest.mark.slow if name == 'one document' else ()) for name in ROWS
+])
 @pytest.mark.parametrize('name', MIXERS)
 def test_shards_of_a_row_equal_one_device_in_values_and_gradients(name, documents):
   both = case(name)
