@@ -34,7 +34,7 @@ def test_megablox_takes_ideal_flops_and_holds_no_second_copy_of_the_weights(comp
   assert compiled.cost_analysis()['flops'] < 1.01 * ideal  # dw of all rows by every expert would be E/3 times that
   # x, h, y and their gradients, some at a time; with 32 experts the weights in bfloat16 (4.5 ROWS, and their turn from
   # [D, 2, F] to [D, 2F] is one with the cast) have their turn before. Transposed for dx they would be as much again.
-  assert compiled.memory_analysis().temp_size_in_bytes < 6.4 * ROWS
+  assert compiled.memory_analysis().temp_size_in_bytes < 7 * ROWS
 
 
 @pytest.fixture
