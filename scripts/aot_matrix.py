@@ -1,9 +1,9 @@
 """The table of what has been proved ahead of time: every row compiled, one process each, for chips that are not here.
 
   pip install -e '.[aot]'
-  python scripts/aot_matrix.py                  # all rows: an hour on two cores
-  python scripts/aot_matrix.py --only=v5p:4x4x4 # rows whose name holds that; the others stay as they are
-  python scripts/aot_matrix.py --draw           # docs/aot.md from what is kept
+  python scripts/aot_matrix.py                   # all rows
+  python scripts/aot_matrix.py --only=v5p:4x4x4  # rows whose name or slice holds that; the others stay as they are
+  python scripts/aot_matrix.py --draw            # docs/aot.md from what is kept
 
 A row is an arm of an experiment on a slice, by `python -m mmx.aot`. Figures are kept in docs/results/aot_matrix.json, and
 docs/aot.md is their table. A row that does not fit is kept too, with what the compiler said.

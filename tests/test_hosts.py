@@ -20,6 +20,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tiny
 from absl import app
 
 from mmx import checkpoint, config, sharding, train_step, watch
@@ -33,16 +34,10 @@ from mmx import config
 
 
 def get_config(scale):
-  return config.override(config.Experiment(), {
-      'model.vocab_size': 260, 'model.d_model': 32, 'model.pattern': 'full',
-      'model.attention.num_heads': 4, 'model.attention.num_kv_heads': 2,
-      'model.attention.head_dim': 8, 'model.attention.rotary_dim': 4,
-      'model.moe.num_experts': 8, 'model.moe.top_k': 2, 'model.moe.d_ff': 24,
-      'data.source': 'text:texts', 'data.seq_len': 32, 'data.batch_size': 8, 'data.heldout_fraction': 0.2,
-      'optim.warmup_steps': 2, 'optim.decay_steps': 4,
-      'train.steps': 12, 'train.log_every': 3, 'train.checkpoint_every': 4, 'eval.every': 5, 'eval.batches': 2,
+  return config.override(config.Experiment(), {@FIELDS@
+      'model.pattern': 'full', 'eval.every': 5,
   })
-'''
+'''.replace('@FIELDS@', tiny.FIELDS)
 OF_THE_MACHINE = ('time', 'tokens_per_second', 'mfu', 'memory/host')
 GONE_S = 3  # here
 
@@ -71,11 +66,7 @@ def place(tmp_path_factory):
   """The folder that the jobs run in, with an experiment file and its text; they share compiled programs."""
   folder = tmp_path_factory.mktemp('hosts')
   (folder / 'question.py').write_text(EXPERIMENT)
-  (folder / 'texts').mkdir()
-  rng = np.random.default_rng(0)
-  for number in range(40):
-    words = rng.choice(['alpha', 'beta', 'gamma', 'delta'], (20, 9))
-    (folder / 'texts' / f'{number:02d}.txt').write_text('\n'.join(map(' '.join, words)) + '\n')
+  tiny.write_texts(folder)
   return folder
 
 

@@ -14,8 +14,8 @@ import sys
 import time
 
 import bucket
-import numpy as np
 import pytest
+import tiny
 from absl.testing import flagsaver
 from fakes import Fakes, heed_signals
 
@@ -34,15 +34,8 @@ SEEDS = {'cpu': (0, 1)}
 
 
 def get_config(scale):
-  return config.override(config.Experiment(), {
-      'model.vocab_size': 260, 'model.d_model': 32, 'model.pattern': 'full',
-      'model.attention.num_heads': 4, 'model.attention.num_kv_heads': 2,
-      'model.attention.head_dim': 8, 'model.attention.rotary_dim': 4,
-      'model.moe.num_experts': 8, 'model.moe.top_k': 2, 'model.moe.d_ff': 24,
-      'data.source': 'text:texts', 'data.seq_len': 32, 'data.batch_size': 8, 'data.heldout_fraction': 0.2,
-      'optim.warmup_steps': 2, 'optim.decay_steps': 4,
-      'train.steps': 12, 'train.log_every': 3, 'train.checkpoint_every': 4,
-      'eval.every': 6, 'eval.batches': 2, 'mesh.num_devices': 1,
+  return config.override(config.Experiment(), {@FIELDS@
+      'model.pattern': 'full', 'eval.every': 6, 'mesh.num_devices': 1,
   })
 
 
@@ -71,7 +64,7 @@ if os.environ.get('KILL_ONCE') and {'mmx.train', '--arm=fine', '--seeds=1'} <= s
       return getattr(self.iterator, name)
 
   pipeline.train_iterator = Killed
-'''
+'''.replace('@FIELDS@', tiny.FIELDS)
 STARTING = '''
 
 def arms(base):
@@ -88,11 +81,7 @@ def place(tmp_path_factory):
   folder = tmp_path_factory.mktemp('launch')
   (folder / 'question.py').write_text(EXPERIMENT)
   (folder / 'starting.py').write_text(EXPERIMENT + STARTING)
-  (folder / 'texts').mkdir()
-  rng = np.random.default_rng(0)
-  for number in range(40):
-    words = rng.choice(['alpha', 'beta', 'gamma', 'delta'], (20, 9))
-    (folder / 'texts' / f'{number:02d}.txt').write_text('\n'.join(map(' '.join, words)) + '\n')
+  tiny.write_texts(folder)
   return folder
 
 

@@ -19,6 +19,26 @@ BASE = config.override(
 )
 
 
+# Of an experiment file that trains in seconds on the texts of `write_texts`.
+FIELDS = """
+      'model.vocab_size': 260, 'model.d_model': 32,
+      'model.attention.num_heads': 4, 'model.attention.num_kv_heads': 2,
+      'model.attention.head_dim': 8, 'model.attention.rotary_dim': 4,
+      'model.moe.num_experts': 8, 'model.moe.top_k': 2, 'model.moe.d_ff': 24,
+      'data.source': 'text:texts', 'data.seq_len': 32, 'data.batch_size': 8, 'data.heldout_fraction': 0.2,
+      'optim.warmup_steps': 2, 'optim.decay_steps': 4, 'train.steps': 12, 'train.log_every': 3,
+      'train.checkpoint_every': 4, 'eval.batches': 2,"""
+
+
+def write_texts(folder):
+  """folder/texts: forty documents of random words, the same ones each time."""
+  (folder / 'texts').mkdir()
+  rng = np.random.default_rng(0)
+  for number in range(40):
+    words = rng.choice(['alpha', 'beta', 'gamma', 'delta'], (20, 9))
+    (folder / 'texts' / f'{number:02d}.txt').write_text('\n'.join(map(' '.join, words)) + '\n')
+
+
 def experiment(**overrides) -> config.Experiment:
   """BASE with `model__moe__top_k=3` for 'model.moe.top_k'."""
   return config.override(BASE, {path.replace('__', '.'): value for path, value in overrides.items()})
