@@ -86,7 +86,7 @@ def _on_shards(function, mesh, chunk, hidden_BTD, head_DV, targets_BT, mask_BT):
   if not axes:
     return function(hidden_BTD, head_DV, targets_BT, mask_BT, chunk)
   shards, D = math.prod(mesh.shape[axis] for axis in axes), head_DV.shape[0]
-  split = D % shards == 0  # else, in tiny models, each shard gets the whole sum
+  split = D % shards == 0 and head_DV.size >= sharding.LARGE  # else the head lies whole on every shard
 
   def add(dhead_DV):
     return jax.lax.psum_scatter(dhead_DV, axes, tiled=True) if split else jax.lax.psum(dhead_DV, axes)

@@ -99,6 +99,25 @@ def constrain(x, mesh: Mesh | None, *logical_axes):
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(logical_axes, x.shape, mesh)))
 
 
+def on_shards(function, mesh: Mesh, in_specs, out_specs):
+  """`jax.shard_map` of functions whose kernels declare no varying axes.
+
+  A gradient is summed over the axes that a spec leaves out, which a CPU does by copying all of it even where there is one
+  part to sum: axes of one part are named by every spec that names anything.
+  """
+  single = [axis for axis in mesh.axis_names if mesh.shape[axis] == 1]
+
+  def complete(spec):
+    named = jax.tree.leaves(tuple(spec))
+    first, *others = spec or (None,)
+    rest = [axis for axis in single if axis not in named]
+    return P((*jax.tree.leaves(first), *rest), *others) if spec else spec
+
+  is_spec = lambda node: isinstance(node, P)
+  in_specs = jax.tree.map(complete, in_specs, is_leaf=is_spec)
+  return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def param(module: nn.Module, name: str, shape, axes, init):
   """Declares one float32 parameter: name, shape, logical axes and initializer on one line."""
   assert len(shape) == len(axes), (name, shape, axes)

@@ -70,9 +70,11 @@ def test_in_bfloat16_many_chunks_round_the_gradients_no_more_than_one():
     assert float(jnp.linalg.norm(dhead - expected[1][1]) / jnp.linalg.norm(expected[1][1])) < 0.004
 
 
-@pytest.mark.parametrize('D', [16, 12])  # the head's gradient is scattered over its rows where they divide
+# The gradient of a large head is scattered over its rows where they divide.
+@pytest.mark.parametrize('D, large', [(16, 1), (12, 1), (16, sharding.LARGE)])
 @pytest.mark.parametrize('shape', [{'fsdp': 8}, {'replica': 2, 'expert': 2, 'tensor': 2}])
-def test_shards_of_the_batch_give_the_same(shape, D):
+def test_shards_of_the_batch_give_the_same(shape, D, large, monkeypatch):
+  monkeypatch.setattr(sharding, 'LARGE', large)
   arguments = inputs(B=8, D=D)
   mesh = sharding.build_mesh(config.MeshConfig(**{'fsdp': 1} | shape))
   rows, head = NamedSharding(mesh, sharding.batch_spec()), NamedSharding(mesh, PartitionSpec(None, 'tensor'))
@@ -82,7 +84,8 @@ def test_shards_of_the_batch_give_the_same(shape, D):
   assert_close(jax.jit(chunked)(*placed), plain(*arguments), 1e-5)  # without gradient
 
 
-def test_the_head_is_gathered_once_and_its_gradient_added_up_once_however_many_chunks():
+def test_the_head_is_gathered_once_and_its_gradient_added_up_once_however_many_chunks(monkeypatch):
+  monkeypatch.setattr(sharding, 'LARGE', 1)
   mesh = sharding.build_mesh(config.MeshConfig(fsdp=8))
   rows, head = NamedSharding(mesh, sharding.batch_spec()), NamedSharding(mesh, PartitionSpec('fsdp'))
   placed = jax.device_put(inputs(B=8, T=32), (rows, head, rows, rows))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import tiny
@@ -132,6 +133,14 @@ def test_balance_loss_is_one_when_even_and_in_the_loss_when_weighted():
   plain, _ = run(tiny.BASE, steps=1)
   gate = lambda state: state.params['segment_0']['layer_0']['ffn']['w_gate']
   assert np.abs(gate(weighted) - gate(plain)).max() > 0
+
+
+@pytest.mark.parametrize('norm', [0.5, 1e3])
+def test_clipping_is_that_of_optax(norm):
+  grads = {'a': jnp.arange(6.0).reshape(2, 3) - 2, 'b': jnp.full(4, 1e-3)}
+  clipped = [transform.update(grads, transform.init(grads))[0]
+             for transform in (optimizer.clip(norm), optax.clip_by_global_norm(norm))]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *clipped)
 
 
 def test_decay_touches_matrices_only():

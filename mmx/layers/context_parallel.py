@@ -80,7 +80,7 @@ def one_before(x_BTD, mesh):
   rows, tokens = sharding.spec_of(('batch', 'length'), x_BTD.shape[:2], mesh)
   shard = lambda x_BTD: shift(x_BTD, before(x_BTD, 1, ways(mesh), 0))
   spec = P(rows, tokens, None)
-  return jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x_BTD)
+  return sharding.on_shards(shard, mesh, (spec,), spec)(x_BTD)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def sharded(function, mesh: Mesh, q_BTHDh, k_BTKDh, *rest):
   inputs = q_BTHDh, k_BTKDh, *rest
   of_heads = P(rows, tokens, heads, None)
   specs = tuple(of_heads if a.ndim == 4 else P(rows, tokens) for a in inputs)
-  return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=of_heads, check_vma=False)(*inputs)
+  return sharding.on_shards(function, mesh, specs, of_heads)(*inputs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class Lightning(nn.Module):
     rows, length, heads = sharding.spec_of(('batch', 'length', 'heads'), inputs[0].shape[:3], mesh)
     tokens, state = P(rows, length, heads, None), P(rows, heads, None, None)
     specs = (tokens, tokens, tokens, P(heads), P(rows, length), state)[: len(inputs)]
-    return jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(tokens, state), check_vma=False)(*inputs)
+    return sharding.on_shards(shard, mesh, specs, (tokens, state))(*inputs)
 
 
 def init_cache(model: ModelConfig, batch_size: int, max_length: int, dtype):

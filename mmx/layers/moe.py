@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec as P
 
 from mmx import sharding
 from mmx.config import MoEConfig
@@ -95,7 +95,11 @@ class MoE(nn.Module):
     bias_E = self.variable('router', 'bias', jnp.zeros, (E,), jnp.float32).value
 
     scores_BTE = gate_scores(x_BTD, w_gate, c.gate)
-    ids_BTk, weights_BTk = route(scores_BTE, bias_E, c.top_k, c.routed_scaling)
+    choose = functools.partial(route, top_k=c.top_k, routed_scaling=c.routed_scaling)
+    if self.mesh is not None and self.mesh.size > 1:  # the partitioner would collect all scores for a top_k
+      tokens = sharding.spec_of(('batch', 'length', None), scores_BTE.shape, self.mesh)
+      choose = sharding.on_shards(choose, self.mesh, (tokens, P()), (tokens, tokens))
+    ids_BTk, weights_BTk = choose(scores_BTE, bias_E)
     load_E, balance_loss, entropy = router_statistics(scores_BTE, ids_BTk, valid_BT)
     choice = {
         'implementation': c.implementation, 'platform': sharding.platform_of(self.mesh), 'activation': self.activation,

@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmx.config import ConfigError
 from mmx.kernels_pallas.grouped import sort_by_expert
-from mmx.sharding import AXES, BATCH_AXES, batch_spec, platform_of
+from mmx.sharding import AXES, BATCH_AXES, batch_spec, on_shards, platform_of
 
 FULL_TILES = 512  # rows: what kernels take comes in multiples of theirs, which divide this
 
@@ -369,9 +369,8 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, 
     return y_BTD[None], jax.lax.pmean(dropped, (*BATCH_AXES, 'context'))
 
   batch, up, down = batch_spec(), P('expert', None, None, 'tensor'), P('expert', 'tensor')
-  # Library kernels declare no varying axes, so check_vma is off; a psum over tensor inside would then pay an all-reduce
-  # in the backward pass too. Stacking the partial sums and adding them outside costs one, in the forward pass.
-  y_XBTD, dropped = jax.shard_map(
-      on_mesh, mesh=mesh, in_specs=(batch, batch, batch, up, down), out_specs=(P('tensor', *batch), P()),
-      check_vma=False)(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD)
+  # Without varying axes a psum over tensor inside would pay an all-reduce in the backward pass too. Stacking the partial
+  # sums and adding them outside costs one, in the forward pass.
+  y_XBTD, dropped = on_shards(on_mesh, mesh, (batch, batch, batch, up, down), (P('tensor', *batch), P()))(
+      x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD)
   return jax.lax.reduce_sum(y_XBTD, (0,)), dropped

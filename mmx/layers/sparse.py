@@ -128,9 +128,7 @@ class SparseAttention(nn.Module):
         out if is_heads else out[:, None, None] for out, is_heads in zip(function(*inputs), are_heads)
     )
     out_specs = tuple(P(rows, tokens, heads, None) if is_heads else P(rows, tokens, heads) for is_heads in are_heads)
-    outs = jax.shard_map(
-        local, mesh=self.mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
-    )(*inputs)
+    outs = sharding.on_shards(local, self.mesh, tuple(in_specs), out_specs)(*inputs)
     return tuple(out if is_heads else jnp.sum(out, axis=(1, 2)) for out, is_heads in zip(outs, are_heads))
 
 

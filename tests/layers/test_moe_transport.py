@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from mmx import sharding
 from mmx.config import ConfigError, MeshConfig, MoEConfig
@@ -190,6 +190,20 @@ def test_moe_layer_on_a_mesh_equals_the_layer_on_one_device(transport):
 
   wanted, got = gradients(alone), gradients(MoE(config, 'swiglu', 1.0, build_mesh(fsdp=2, expert=2, tensor=2)))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), got, wanted)
+
+
+@pytest.mark.parametrize('transport', TRANSPORTS)
+def test_nothing_is_sent_to_be_routed_nor_summed_over_axes_of_one_part(transport):
+  layer = MoE(MoEConfig(num_experts=E, top_k=3, d_ff=F, transport=transport), 'swiglu', 1.0, build_mesh(expert=2))
+  (x_BTD, *_), dy_BTD = draw(k=3)
+  valid_BT = jnp.ones((B, T), bool)
+  rows = NamedSharding(layer.mesh, sharding.batch_spec())
+  x_BTD, dy_BTD = jax.device_put((x_BTD, dy_BTD), rows)
+  variables = nn.unbox(quick_jit(layer.init)(jax.random.key(0), x_BTD, valid_BT))
+  loss = lambda params, x: (layer.apply({**variables, 'params': params}, x, valid_BT)[0] * dy_BTD).sum()
+  text = quick_jit(jax.grad(loss, argnums=(0, 1))).lower(variables['params'], x_BTD).compile().as_text()
+  assert 'replica_groups={{0},{1}}' not in text
+  assert not re.search(r'(all-gather|all-reduce)\(.*/top_k"', text)
 
 
 def test_without_expert_axis_experts_stay_where_they_are():
