@@ -79,27 +79,18 @@ cross_entropy.defvjp(_forward, _backward)
 def _on_shards(function, mesh, chunk, hidden_BTD, head_DV, targets_BT, mask_BT):
   """function(hidden, head, targets, mask, chunk) -> (sums, dhidden_BTD, dhead_DV) on each shard's tokens, the first and
   the last added up. The vocabulary's axis is left to the partitioner."""
-  head_DV = head_DV.astype(hidden_BTD.dtype)
-  tokens = sharding.batch_spec()
-  named = jax.tree.leaves(tuple(tokens))
-  axes = () if mesh is None else tuple(axis for axis in named if mesh.shape[axis] > 1)
+  head_DV, tokens, axes = head_DV.astype(hidden_BTD.dtype), sharding.batch_spec(), sharding.token_axes(mesh)
   if not axes:
     return function(hidden_BTD, head_DV, targets_BT, mask_BT, chunk)
-  shards, D = math.prod(mesh.shape[axis] for axis in axes), head_DV.shape[0]
-  split = D % shards == 0 and head_DV.size >= sharding.LARGE  # else the head lies whole on every shard
-
-  def add(dhead_DV):
-    return jax.lax.psum_scatter(dhead_DV, axes, tiled=True) if split else jax.lax.psum(dhead_DV, axes)
+  shards = math.prod(mesh.shape[axis] for axis in axes)
+  add_up, of_head = sharding.sum_of_shards(head_DV.shape, 0, mesh)
 
   def on_shard(*arrays):
     sums, dhidden_BTD, dhead_DV = function(*arrays, -(-chunk // shards))
-    return jax.lax.psum(sums, axes), dhidden_BTD, jax.tree.map(add, dhead_DV)
+    return jax.lax.psum(sums, axes), dhidden_BTD, jax.tree.map(add_up, dhead_DV)
 
-  out_specs = P(), tokens, P(axes if split else None)
-  return jax.shard_map(
-      on_shard, mesh=mesh, in_specs=(tokens, P(), tokens, tokens), out_specs=out_specs, axis_names=set(named),
-      check_vma=False,
-  )(hidden_BTD, head_DV, targets_BT, mask_BT)
+  specs = (tokens, P(), tokens, tokens), (P(), tokens, of_head)
+  return sharding.on_tokens(on_shard, mesh, *specs)(hidden_BTD, head_DV, targets_BT, mask_BT)
 
 
 def _split(chunk, *arrays):

@@ -6,6 +6,7 @@ propagates, `constrain` pins, `jax.shard_map` is used where the communication is
 mmx/layers/context_parallel.py).
 """
 
+import functools
 import math
 
 import jax
@@ -116,6 +117,31 @@ def on_shards(function, mesh: Mesh, in_specs, out_specs):
   is_spec = lambda node: isinstance(node, P)
   in_specs = jax.tree.map(complete, in_specs, is_leaf=is_spec)
   return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def token_axes(mesh: Mesh | None) -> tuple[str, ...]:
+  """Axes of several parts over which the tokens of a batch are split."""
+  return tuple(axis for axis in (*BATCH_AXES, 'context') if mesh is not None and mesh.shape[axis] > 1)
+
+
+def on_tokens(function, mesh: Mesh, in_specs, out_specs):
+  """`jax.shard_map` over the axes of the batch; what lies on 'tensor' is left to the partitioner."""
+  manual = {*BATCH_AXES, 'context'}
+  return jax.shard_map(
+      function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False
+  )
+
+
+def sum_of_shards(shape, dimension, mesh: Mesh):
+  """(function, spec): within `on_tokens`, adds up the shards' arrays of that shape, and how the sum lies then.
+
+  Large ones are scattered over a dimension that divides, as parameters of their size lie; others each shard gets whole.
+  """
+  axes = token_axes(mesh)
+  if math.prod(shape) < LARGE or shape[dimension] % math.prod(mesh.shape[axis] for axis in axes):
+    return functools.partial(jax.lax.psum, axis_name=axes), P()
+  scatter = functools.partial(jax.lax.psum_scatter, axis_name=axes, scatter_dimension=dimension, tiled=True)
+  return scatter, P(*[axes if i == dimension else None for i in range(len(shape))])
 
 
 def param(module: nn.Module, name: str, shape, axes, init):

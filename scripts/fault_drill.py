@@ -189,7 +189,8 @@ def drill(place: Place, number: int, fault: Fault) -> dict:
   workdir = place.folder / f'drill{number:02d}'
   told = {'number': number, 'kind': fault.kind, 'fault': str(fault), 'attempts': 0, 'ends': []}
   with disk(place, workdir, fault.kind == 'disk'):
-    while told['attempts'] < MAX_ATTEMPTS and not (run_folder(workdir) / 'result.json').exists():
+    finished = lambda: told['ends'] and told['ends'][-1][0] == 0 and (run_folder(workdir) / 'result.json').exists()
+    while told['attempts'] < MAX_ATTEMPTS and not finished():
       process = place.run(fault, workdir, told['attempts'])
       told['attempts'] += 1
       last_line = (process.stderr.strip().splitlines() or [''])[-1].replace(f'{place.folder}/', '')

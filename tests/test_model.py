@@ -9,10 +9,11 @@ from flax import linen as nn
 import tiny
 from one_mixer import randomised
 
-from mmx import config, flops
+from mmx import config, flops, sharding
 from mmx.kernels_pallas.gated import ACTIVATIONS
 from mmx.layers.attention import Attention
 from mmx.layers.context import Context
+from mmx.layers.embedding import look_up
 from mmx.layers.mlp import MLP
 from mmx.layers.moe import update_bias
 from mmx.model import Decoder, init_variables
@@ -175,6 +176,25 @@ def test_bias_update_evens_the_load():
     bias = update_bias(bias, load, 2e-3)
   assert worst[0] > 3 and worst[-1] < 1.05
   assert abs(float(bias.mean())) < 1e-6
+
+
+@pytest.mark.parametrize('mesh', [None, {'fsdp': 8}, {'replica': 2, 'expert': 2, 'context': 2}])
+@pytest.mark.parametrize('large', [1, sharding.LARGE])
+def test_a_table_s_gradient_is_added_up_in_float32_on_any_mesh(mesh, large, monkeypatch):
+  monkeypatch.setattr(sharding, 'LARGE', large)
+  mesh = mesh and sharding.build_mesh(config.MeshConfig(**{'fsdp': 1} | mesh))
+  table = jax.random.normal(jax.random.key(0), (20, 16))
+  tokens = jnp.zeros((8, 64), jnp.int32).at[:, 5].set(jnp.arange(8))
+  ones = jnp.ones((8, 64, 16), jnp.bfloat16)  # 505 of them, which bfloat16 cannot count
+
+  @jax.jit
+  def rows_and_gradient(table):
+    rows, back = jax.vjp(lambda table: look_up(table, tokens, jnp.bfloat16, mesh), table)
+    return rows, back(ones)[0]
+
+  rows, gradient = rows_and_gradient(table)
+  np.testing.assert_array_equal(rows, table.astype(jnp.bfloat16)[tokens])
+  np.testing.assert_array_equal(gradient[:, 0], np.bincount(np.asarray(tokens).ravel(), minlength=20))
 
 
 def test_mtp_module_predicts_one_token_further():

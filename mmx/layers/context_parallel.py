@@ -83,6 +83,18 @@ def one_before(x_BTD, mesh):
   return sharding.on_shards(shard, mesh, (spec,), spec)(x_BTD)
 
 
+def one_after(x_BTD, mesh):
+  """x[:, t + 1], zeros for the row's last token."""
+  shift = lambda x_BTD, last_B1D: jnp.concatenate([x_BTD[:, 1:], last_B1D], axis=1)
+  if ways(mesh) == 1:
+    return shift(x_BTD, jnp.zeros_like(x_BTD[:, :1]))
+  rows, tokens = sharding.spec_of(('batch', 'length'), x_BTD.shape[:2], mesh)
+  back = [(i + 1, i) for i in range(ways(mesh) - 1)]  # who is sent nothing has zeros
+  shard = lambda x_BTD: shift(x_BTD, jax.lax.ppermute(x_BTD[:, :1], AXIS, back))
+  spec = P(rows, tokens, None)
+  return sharding.on_shards(shard, mesh, (spec,), spec)(x_BTD)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # mixers, within a shard_map
 
@@ -162,8 +174,13 @@ def sharded(function, mesh: Mesh, q_BTHDh, k_BTKDh, *rest):
 
 
 def gather(x_BT):
-  """[B, T, ...] of every shard -> [B, S, ...]."""
-  return jax.lax.all_gather(x_BT, AXIS, axis=1, tiled=True)
+  """[B, T, ...] of every shard -> [B, S, ...].
+
+  By a leading axis: the TPU compiler scatters the sum of gradients over that, where over T it gives every shard the
+  whole sum, twice the bytes.
+  """
+  x_nBT = jax.lax.all_gather(x_BT, AXIS)
+  return jnp.moveaxis(x_nBT, 0, 1).reshape(x_BT.shape[0], -1, *x_BT.shape[2:])
 
 
 def before(x_BT, count, shards, fill):

@@ -20,7 +20,7 @@ from mmx import sharding
 from mmx.config import MoEConfig
 from mmx.kernels_pallas import api
 from mmx.layers.mlp import MLP
-from mmx.layers.moe_transport import Experts, expert_parallel
+from mmx.layers.moe_transport import DOWN_AXES, GATE_UP_AXES, Experts, expert_parallel
 from mmx.sharding import fan_in_normal, param
 
 
@@ -90,8 +90,8 @@ class MoE(nn.Module):
     c = self.config
     D, E, F = x_BTD.shape[-1], c.num_experts, c.d_ff
     w_gate = param(self, 'w_gate', (D, E), ('norm', 'router'), fan_in_normal(D))
-    w_gate_up = param(self, 'w_gate_up', (E, D, 2, F), ('experts', 'embed', 'gate_up', 'hidden'), fan_in_normal(D))
-    w_down = param(self, 'w_down', (E, F, D), ('experts', 'hidden', 'embed'), fan_in_normal(F, self.out_scale))
+    w_gate_up = param(self, 'w_gate_up', (E, D, 2, F), GATE_UP_AXES, fan_in_normal(D))
+    w_down = param(self, 'w_down', (E, F, D), DOWN_AXES, fan_in_normal(F, self.out_scale))
     bias_E = self.variable('router', 'bias', jnp.zeros, (E,), jnp.float32).value
 
     scores_BTE = gate_scores(x_BTD, w_gate, c.gate)

@@ -36,8 +36,11 @@ from jax.sharding import PartitionSpec as P
 
 from mmx.config import ConfigError
 from mmx.kernels_pallas.grouped import sort_by_expert
-from mmx.sharding import AXES, BATCH_AXES, batch_spec, on_shards, platform_of
+from mmx.sharding import AXES, BATCH_AXES, batch_spec, on_shards, platform_of, spec_of
 
+# Logical axes of an expert's matrices.
+GATE_UP_AXES = 'experts', 'embed', 'gate_up', 'hidden'
+DOWN_AXES = 'experts', 'hidden', 'embed'
 FULL_TILES = 512  # rows: what kernels take comes in multiples of theirs, which divide this
 
 
@@ -317,8 +320,8 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, 
   """Runs routed experts on a mesh of axes replica, fsdp, expert, tensor (all of type Auto).
 
   Rows of the batch are split over (replica, fsdp, expert) and their tokens over context, experts over expert, and F over
-  tensor; the matrices are asked for whole in D, so a parameter split over fsdp is gathered by the partitioner on the way
-  in. A mesh of one device calls `experts.of_tokens` directly.
+  tensor; a matrix of which each shard has a part of D is gathered on the way in. A mesh of one device calls
+  `experts.of_tokens` directly.
 
   Args:
     x_BTD: tokens, any floating dtype.
@@ -364,11 +367,19 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, 
   if math.prod(parts.values()) == 1:
     return on_shard(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD)
 
-  def on_mesh(*args):
-    y_BTD, dropped = on_shard(*args)
+  # Matrices are gathered here, so that their gradients are scattered as they are summed: the partitioner would give the
+  # whole sum to every chip.
+  up, down = spec_of(GATE_UP_AXES, w_gate_up_ED2F.shape, mesh), spec_of(DOWN_AXES, w_down_EFD.shape, mesh)
+
+  def whole(w, dimension, axes):
+    return jax.lax.all_gather(w, axes, axis=dimension, tiled=True) if axes else w
+
+  def on_mesh(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD):
+    y_BTD, dropped = on_shard(
+        x_BTD, ids_BTk, weights_BTk, whole(w_gate_up_ED2F, 1, up[1]), whole(w_down_EFD, 2, down[2]))
     return y_BTD[None], jax.lax.pmean(dropped, (*BATCH_AXES, 'context'))
 
-  batch, up, down = batch_spec(), P('expert', None, None, 'tensor'), P('expert', 'tensor')
+  batch = batch_spec()
   # Without varying axes a psum over tensor inside would pay an all-reduce in the backward pass too. Stacking the partial
   # sums and adding them outside costs one, in the forward pass.
   y_XBTD, dropped = on_shards(on_mesh, mesh, (batch, batch, batch, up, down), (P('tensor', *batch), P()))(

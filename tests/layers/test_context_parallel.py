@@ -151,6 +151,17 @@ def test_swapped_slices_share_the_keys_evenly_and_come_back(shards):
 # what is refused
 
 
+@pytest.mark.parametrize('shift, moved', [(context_parallel.one_before, 1), (context_parallel.one_after, -1)])
+def test_tokens_move_by_one_over_the_edges_of_shards(shift, moved):
+  x_BTD = jnp.arange(2.0 * 12 * 3).reshape(2, 12, 3) + 1
+  wanted = jnp.roll(x_BTD, moved, axis=1).at[:, 0 if moved > 0 else -1].set(0)
+  for shards in (1, 4):
+    mesh = mesh_of(shards)
+    found, back = jax.jit(functools.partial(jax.vjp, lambda x: shift(x, mesh)))(x_BTD)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(back(x_BTD)[0], jax.vjp(lambda x: shift(x, None), x_BTD)[1](x_BTD)[0])
+
+
 def test_rows_that_do_not_divide_and_caches_are_refused_in_one_line():
   model, tokens_BT = tiny.BASE.model, jnp.zeros((1, 6), jnp.int32)
   decoder = Decoder(model, mesh_of(4))

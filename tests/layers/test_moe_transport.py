@@ -206,6 +206,15 @@ def test_nothing_is_sent_to_be_routed_nor_summed_over_axes_of_one_part(transport
   assert not re.search(r'(all-gather|all-reduce)\(.*/top_k"', text)
 
 
+def test_gradients_of_matrices_are_scattered_as_they_are_summed():
+  mesh = build_mesh(expert=2, fsdp=2)
+  args, dy = draw(k=3)
+  text = parallel((1, 2, 2, 1), 'ring').lower(args, dy).compile().as_text()
+  matrix = D // mesh.shape['fsdp']
+  assert len(re.findall(rf'= f32\[{E // 2},({matrix},2,{F}|{F},{matrix})\]\S* reduce-scatter', text)) == 2
+  assert not re.search(rf'= f32\[{E // 2},({D},2,{F}|{F},{D})\]\S* all-reduce', text)
+
+
 def test_without_expert_axis_experts_stay_where_they_are():
   args, dy = draw(k=3)
   assert_close(parallel((2, 2, 1, 2), 'ring')(args, dy), oracle(args, dy), 1e-5)
