@@ -20,6 +20,7 @@ if ! { [[ -f $name.pid ]] && kill -0 "$(< "$name.pid")" 2> /dev/null; }; then
   command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
   [[ -d venv ]] || uv venv --quiet --python 3.13 venv
   uv pip install --quiet --python venv/bin/python -e "./$name[tpu,gcs]"
+  : > "$name.log" # to be followed at once, whenever the command gets to open it
   PATH="$PWD/venv/bin:$PATH" nohup setsid bash -c \
     'cd "$0" && status=0 && { "$@" || status=$?; } && echo "$status" > "../$0.status"' "$name" "$@" \
     > "$name.log" 2>&1 < /dev/null &
