@@ -91,6 +91,7 @@ def page(kept):
   refused = '\n'.join(f'- {name}: {record["refused"]}' for name, record in kept.items() if 'refused' in record)
   versions = {f'{n} {v}' for r in kept.values() for n, v in r.get('versions', {}).items()}
   dates = sorted(record['date'] for record in kept.values())
+  when = ' to '.join(dict.fromkeys((dates[0], dates[-1])))
   return f"""# Proved ahead of time
 
 Programs compiled for chips that were not there (`python -m mmx.aot`): the whole training step with its optimizer, every
@@ -106,7 +107,7 @@ memory, one after the other, experts evenly loaded; what is sent travels meanwhi
 
 {refused}
 
-Compiled with {', '.join(sorted(versions))}, {dates[0]} to {dates[-1]}. Figures: docs/results/aot_matrix.json.
+Compiled with {', '.join(sorted(versions))}, {when}. Figures: docs/results/aot_matrix.json.
 """
 
 
