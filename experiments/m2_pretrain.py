@@ -10,9 +10,9 @@ Source: M2 report (arXiv:2605.26494), section 3: 29.2T tokens, of which 9.3T whi
 192K tokens of context; MTP weight 0.3, then 0.1. Batch, learning rate, optimizer and the length of each stage are not
 published: those here are ours.
 
-Cost: `cpu` is a miniature of the same three stages. The others are proved ahead of time, not run: `python -m mmx.aot
---config=experiments/m2_pretrain.py --scale=v5p_64 --arm=8k --topology=v5p:4x4x4`, and all of them by
-scripts/aot_matrix.py, whose table is docs/aot.md. 64 chips hold the model; to train it in months takes more.
+Cost: `cpu` is a miniature of the same three stages. The others have not run; they are compiled ahead of time, by
+`python -m mmx.aot --config=experiments/m2_pretrain.py --scale=v5p_64 --arm=8k --topology=v5p:4x4x4` or
+scripts/aot_matrix.py, and docs/aot.md says which have been. 64 chips hold the model; to train it in months takes more.
 """
 
 from typing import NamedTuple

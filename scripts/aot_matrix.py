@@ -89,6 +89,8 @@ def cells(record):
 def page(kept):
   rows = '\n'.join(f'| {" | ".join((name, *cells(kept[name])))} |' for name in ROWS if name in kept)
   refused = '\n'.join(f'- {name}: {record["refused"]}' for name, record in kept.items() if 'refused' in record)
+  missing = ', '.join(f'`{name}`' for name in ROWS if name not in kept)
+  missing = f'\nNot compiled yet: {missing}.\n' if missing else ''
   versions = {f'{n} {v}' for r in kept.values() for n, v in r.get('versions', {}).items()}
   dates = sorted(record['date'] for record in kept.values())
   when = ' to '.join(dict.fromkeys((dates[0], dates[-1])))
@@ -106,7 +108,7 @@ memory, one after the other, experts evenly loaded; what is sent travels meanwhi
 (the higher). Rates are the vendors'. Nothing is allowed for what a kernel does not reach of them.
 
 {refused}
-
+{missing}
 Compiled with {', '.join(sorted(versions))}, {when}. Figures: docs/results/aot_matrix.json.
 """
 

@@ -54,7 +54,7 @@ class Embedding(nn.Module):
   vocab_size: int
   d_model: int
   tie: bool
-  mesh: Mesh | None = None
+  mesh: Mesh | None
 
   def setup(self):
     V, D = self.vocab_size, self.d_model
