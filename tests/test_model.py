@@ -28,13 +28,16 @@ def hidden(model, tree, batch):
   return Decoder(model).apply(tree, batch['tokens'], batch['positions'], batch['segment_ids']).hidden
 
 
+LONG = pytest.mark.slow  # compile for 10 to 30 s each; what stays beside them has their parts
+
+
 def close(actual, wanted, tolerance=2e-5):
   scale = max(float(jnp.abs(w).max()) for w in jax.tree.leaves(wanted))
   for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(a, w, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize('qk_norm', ['none', 'full_width', 'per_head'])
+@pytest.mark.parametrize('qk_norm', [pytest.param('none', marks=LONG), 'full_width', 'per_head'])
 def test_no_gradient_flows_from_the_future(qk_norm):
   model = tiny.experiment(model__attention__qk_norm=qk_norm).model
   tree, batch = variables(model), tiny.batch()
@@ -79,11 +82,9 @@ FEW = {
     'model__msa__block_size': 4, 'model__msa__top_k': 2, 'model__msa__index_dim': 8,
 }  # fmt: skip
 MIXED = FEW | {'model__pattern': '(sliding lightning/dense msa)*2'}
-LONG = pytest.mark.slow  # compile for half a minute each
-
-
 @pytest.mark.parametrize('pattern', [
-    'full*4', '(full full/dense)*2', 'full/dense*2 full*2', pytest.param(MIXED['model__pattern'], marks=LONG),
+    'full/dense*2 full*2',
+    *(pytest.param(p, marks=LONG) for p in ('full*4', '(full full/dense)*2', MIXED['model__pattern'])),
 ])
 def test_scan_equals_unrolled(pattern):
   scanned = tiny.experiment(**FEW | {'model__pattern': pattern})
@@ -93,7 +94,7 @@ def test_scan_equals_unrolled(pattern):
 
 
 @pytest.mark.parametrize('remat, pattern', [
-    ('full', {}), ('dots', {}), ('mixer', {}), pytest.param('full', MIXED, marks=LONG),
+    ('full', {}), ('mixer', {}), pytest.param('dots', {}, marks=LONG), pytest.param('full', MIXED, marks=LONG),
 ])
 def test_remat_equals_no_remat(remat, pattern):
   kept = tiny.experiment(**pattern)

@@ -6,7 +6,8 @@ shard holds N tokens with the ids of their k distinct experts and the weights of
   transport(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *,
             axis_name, num_experts, capacity_factor, experts) -> (y_ND, dropped)
 
-with the matrices of this shard's experts only, and knows nothing of what an expert computes: that is `Experts`.
+with the matrices of this shard's experts only, and knows nothing of what an expert computes: that is `Experts`. Those
+that send rows of any number take the platform's `ragged_journey` too.
 
   ring     gathers every shard's tokens, keeps what its own experts add, and reduce-scatters. Most bytes on the wire, no
            bookkeeping; best for few shards or many experts per token.
@@ -18,7 +19,8 @@ with the matrices of this shard's experts only, and knows nothing of what an exp
 
 All are dropless unless `capacity_factor` is positive, which then means the same for all of them, and all have static
 shapes: no collective depends on data. Tokens are moved by gathers, forward and backward: the transposed gather, a
-scatter-add, is many times slower on CPU and TPU, and the plan of a journey already holds both directions.
+scatter-add, is many times slower on CPU and TPU, and the plan of a journey already holds both directions. Rows that no
+token stands in hold anything, NaN too: who reads asks for those that hold something.
 
 Letters: N tokens of one shard, k experts per token, E experts, D model, F expert hidden, C capacity,
 n shards on the expert axis, v = min(k, n) most shards one token visits, R rows kept for each pair of shards,
@@ -35,7 +37,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mmx.config import ConfigError
-from mmx.kernels_pallas.grouped import sort_by_expert
+from mmx.kernels_pallas.anything import anything
+from mmx.kernels_pallas.grouped import LANES, sort_by_expert
 from mmx.sharding import AXES, BATCH_AXES, batch_spec, on_shards, platform_of, spec_of
 
 # Logical axes of an expert's matrices.
@@ -103,16 +106,24 @@ def rows_kept(N, k, num_experts, num_shards, capacity):
 # hand, each of the two functions below is the other's gradient.
 
 
+def as_tiles(x_ND):
+  """[N, D] -> [N, D / 128, 128]: on TPU each row in tiles of its own, so that it is fetched and sent as it lies. A row
+  of a matrix shares its tiles with seven others or more, and the compiler would lay all of them out anew on the way out,
+  in tiles of two by 128, whose handling takes three to seven times the time (its own estimate on v5p)."""
+  D = x_ND.shape[1]
+  return x_ND.reshape(x_ND.shape[0], -1, LANES if D % LANES == 0 else D)
+
+
 @jax.custom_vjp
 def spread(x_ND, token_Q, row_Nv):
-  """Copies tokens into rows [Q, D]; a row whose token is N is zero."""
+  """Copies tokens, [N, ...], into rows, [Q, ...]; a row whose token is N holds anything."""
   del row_Nv
-  return jnp.take(x_ND, token_Q, axis=0, mode='fill', fill_value=0)
+  return jnp.take(x_ND, token_Q, axis=0, mode='clip')
 
 
 @jax.custom_vjp
 def collect(rows_QD, token_Q, row_Nv):
-  """Sums the rows of each token, in float32, to [N, D]; a row number of Q stands for none.
+  """Sums the rows of each token, in float32, to [N, ...]; a row number of Q stands for none.
 
   One gather for each of the v <= k visits: they fuse into the sum, where a single gather of [N, v, D] is written out
   first (15 times slower on CPU at N=4096, v=8, D=256).
@@ -214,7 +225,7 @@ def padded(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, n
 
 
 def ragged(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, num_experts, capacity_factor,
-           experts, ragged_all_to_all=jax.lax.ragged_all_to_all):
+           experts, journey):
   """Only the rows that are there travel, packed on the way out and R rows apart, the worst case, where they arrive.
 
   Because the places of arrival are fixed, a shard needs to be told two numbers by each other one: how many rows come,
@@ -231,24 +242,25 @@ def ragged(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, n
   arriving_n, answer_n = told_n2[:, 0], told_n2[:, 1]
   there = (visits.start_n, visits.size_n, jnp.full_like(visits.size_n, me * R), arriving_n)
   back = (jnp.arange(num_shards, dtype=jnp.int32) * R, arriving_n, answer_n, visits.size_n)
-  send = functools.partial(ragged_all_to_all, axis_name=axis_name)
+  send = functools.partial(journey, axis_name=axis_name)
 
   token_Q = visits.token_Q
   start_Nv = jnp.take(visits.start_n, visits.shard_Nv, mode='clip')
   row_Nv = jnp.where(visits.shard_Nv < num_shards, start_Nv + visits.place_Nv, token_Q.size)
   arrivals = num_shards * R
 
-  x_QD = travel(send, arrivals, token_Q.size, spread(x_ND, token_Q, row_Nv), there, back)
+  x_QD = travel(send, arrivals, token_Q.size, spread(as_tiles(x_ND), token_Q, row_Nv), there, back)
+  x_QD = x_QD.reshape(arrivals, -1)
   weights_Qk = travel(send, arrivals, token_Q.size, spread(weights_Nk, token_Q, row_Nv), there, back)
-  ids_Qk = jnp.take(ids_Nk, token_Q, axis=0, mode='clip')
-  ids_Qk = send(ids_Qk, jnp.full((arrivals, k), num_experts, jnp.int32), *there)
+  ids_Qk = send(spread(ids_Nk, token_Q, row_Nv), arrivals, *there, fill=num_experts)
   ids_Qk, weights_Qk = localise(ids_Qk, weights_Qk, me * num_local, num_local)
   y_QD = experts.of_tokens(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD, most=num_experts * capacity)
-  return collect(travel(send, token_Q.size, arrivals, y_QD, back, there), token_Q, row_Nv), dropped
+  y_QD = travel(send, token_Q.size, arrivals, as_tiles(y_QD), back, there)
+  return collect(y_QD, token_Q, row_Nv).reshape(x_ND.shape), dropped
 
 
 def direct(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, num_experts, capacity_factor,
-           experts, ragged_all_to_all=jax.lax.ragged_all_to_all):
+           experts, journey):
   """Every shard is told how many rows each other has for each expert: n * E numbers, from which all places follow."""
   num_local, num_shards = w_gate_up_ED2F.shape[0], jax.lax.axis_size(axis_name)
   ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
@@ -269,30 +281,40 @@ def direct(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, n
   back = arrive_sne[:, me], size_sne[:, me], leave_sne[:, me], size_sne[me]
   there, back = (tuple(a.reshape(-1) for a in way) for way in (there, back))
 
-  send = functools.partial(ragged_all_to_all, axis_name=axis_name)
+  send = functools.partial(journey, axis_name=axis_name)
   arrivals = -(-rows_kept(N, k, num_experts, num_shards, capacity) // FULL_TILES) * FULL_TILES
-  x_QD = travel(send, arrivals, Q, spread(x_ND, token_Q, row_Nk), there, back)
+  x_QD = travel(send, arrivals, Q, spread(as_tiles(x_ND), token_Q, row_Nk), there, back).reshape(arrivals, -1)
   weight_Q1 = spread(weights_Nk.reshape(-1, 1), jnp.where(token_Q < N, rows.source_R, Q), row_Nk.reshape(-1, 1))
   weight_Q1 = travel(send, arrivals, Q, weight_Q1, there, back)
   y_QD = experts.of_rows(x_QD, weight_Q1, size_sne[:, me].sum(axis=0), w_gate_up_ED2F, w_down_EFD)
-  return collect(travel(send, Q, arrivals, y_QD, back, there), token_Q, row_Nk), dropped
+  y_QD = travel(send, Q, arrivals, as_tiles(y_QD), back, there)
+  return collect(y_QD, token_Q, row_Nk).reshape(x_ND.shape), dropped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def travel(send, num_out, num_in, rows_QD, there, back):
-  """Sends `num_in` rows into `num_out` zeroed ones; the gradient travels `back`, by the same offsets.
+  """Sends `num_in` rows among `num_out`; the gradient travels `back`, by the same offsets.
 
   jax's own derivative of `ragged_all_to_all` finds the way back with two more collectives per use, and differentiates
-  the zeros too. `there` and `back` are (input_offsets, send_sizes, output_offsets, recv_sizes), int32 [n] each.
+  what the rows are written over too. `there` and `back` are (input_offsets, send_sizes, output_offsets, recv_sizes),
+  int32 [n] each.
   """
   del num_in, back
-  return send(rows_QD, jnp.zeros((num_out, rows_QD.shape[1]), rows_QD.dtype), *there)
+  return send(rows_QD, num_out, *there)
 
 
 travel.defvjp(
     lambda send, num_out, num_in, rows_QD, there, back: (travel(send, num_out, num_in, rows_QD, there, back),
                                                          (there, back)),
     lambda send, num_out, num_in, ways, rows_QD: (travel(send, num_in, num_out, rows_QD, *reversed(ways)), None, None))
+
+
+def ragged_journey(rows_QD, num_out, *way, axis_name, platform, fill=None):
+  """Rows to where `way` says, among `num_out` that hold `fill`, or anything."""
+  shape, dtype = (num_out, *rows_QD.shape[1:]), rows_QD.dtype
+  among = anything(shape, dtype, rows_QD, platform) if fill is None else jnp.full(shape, fill, dtype)
+  send = emulated_ragged_all_to_all if platform == 'cpu' else jax.lax.ragged_all_to_all
+  return send(rows_QD, among, *way, axis_name=axis_name)
 
 
 def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
@@ -307,7 +329,8 @@ def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, outpu
   slice_Q = sent_SQ.argmax(axis=0)
   from_Q = jnp.take_along_axis(row_1Q - place_S1 + start_S1, slice_Q[None], axis=0)[0]
   sender_Q = slice_Q // (start_S1.size // n)
-  return jnp.where(sent_SQ.any(axis=0)[:, None], operands_nQD[sender_Q, from_Q], output)
+  sent_Q = sent_SQ.any(axis=0).reshape(-1, *(1,) * (output.ndim - 1))
+  return jnp.where(sent_Q, operands_nQD[sender_Q, from_Q], output)
 
 
 TRANSPORTS = {'ring': ring, 'ragged': ragged, 'padded': padded, 'direct': direct}
@@ -356,8 +379,9 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, 
                            capacity_factor=capacity_factor, experts=experts)
   if parts['expert'] > 1:
     move = functools.partial(move, axis_name='expert')
-    if transport in ('ragged', 'direct') and (platform or platform_of(mesh)) == 'cpu':
-      move = functools.partial(move, ragged_all_to_all=emulated_ragged_all_to_all)
+    if transport in ('ragged', 'direct'):
+      journey = functools.partial(ragged_journey, platform=platform or platform_of(mesh))
+      move = functools.partial(move, journey=journey)
 
   def on_shard(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD):
     flat = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTk, weights_BTk))
