@@ -134,24 +134,32 @@ def collectives(computations, times) -> list[Collective]:
   """Of one run of the program, by kind and size of group; a collective of one device is none."""
   count, sent = defaultdict(int), defaultdict(float)
   for name, factor in times.items():
-    size_of = {i.name: i.bytes for i in computations[name]}
+    found = list(_sent(computations[name]))
     for i in computations[name]:
-      kind = i.opcode.removesuffix('-start')
-      if kind not in COLLECTIVES:
-        continue
-      group = _group(i.rest)
-      if group < 2:
-        continue
-      given = sum(size_of.get(operand, 0) for operand in i.operands)
-      # A start's result may hold its operand as well; the operand, times the group where it grows, is unambiguous.
-      wire = {
-          'all-gather': given * (group - 1), 'reduce-scatter': given * (group - 1) / group,
-          'all-reduce': 2 * given * (group - 1) / group, 'all-to-all': given * (group - 1) / group,
-          'ragged-all-to-all': size_of.get(i.operands[0], 0) * (group - 1) / group,
-      }.get(kind, given)
+      if i.opcode == 'fusion':  # of a sum within it each device slices its part
+        found += [('reduce-scatter', group, wire / 2) if kind == 'all-reduce' else (kind, group, wire)
+                  for kind, group, wire in _sent(_inside(i, computations))]
+    for kind, group, wire in found:
       count[kind, group] += factor
       sent[kind, group] += factor * wire
   return sorted((Collective(*key, count[key], sent[key]) for key in count), key=lambda c: -c.bytes)
+
+
+def _sent(instructions):
+  """(kind, devices of a group, bytes that a device sends) of a computation's collectives."""
+  size_of = {i.name: i.bytes for i in instructions}
+  for i in instructions:
+    kind = i.opcode.removesuffix('-start')
+    group = _group(i.rest) if kind in COLLECTIVES else 0
+    if group < 2:
+      continue
+    given = sum(size_of.get(operand, 0) for operand in i.operands)
+    # A start's result may hold its operand as well; the operand, times the group where it grows, is unambiguous.
+    yield kind, group, {
+        'all-gather': given * (group - 1), 'reduce-scatter': given * (group - 1) / group,
+        'all-reduce': 2 * given * (group - 1) / group, 'all-to-all': given * (group - 1) / group,
+        'ragged-all-to-all': size_of.get(i.operands[0], 0) * (group - 1) / group,
+    }.get(kind, given)
 
 
 def _group(rest) -> int:

@@ -10,6 +10,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
@@ -28,17 +29,19 @@ MESH_AXIS_OF = {
     'kv_heads': 'tensor',
     'experts': 'expert',
     'hidden': 'tensor',
+    'hidden_rows': ('tensor', 'fsdp'),
     'head_dim': None,
     'layers': None,
     'norm': None,
     'router': None,
-    'gate_up': None,
     None: None,
 }
 # Where a matrix is no small one, every chip of a group of experts, or of one that shares a sequence, would hold it
 # again: 48 GB of M2's state and moments.
 LARGE = 2**20  # elements, all layers together; what is smaller is not worth a gather of its own
-MESH_AXIS_OF_LARGE = MESH_AXIS_OF | {'embed': ('fsdp', 'expert', 'context')}
+MESH_AXIS_OF_LARGE = MESH_AXIS_OF | {
+    'embed': ('fsdp', 'expert', 'context'), 'hidden_rows': ('tensor', 'fsdp', 'context'),
+}
 
 
 def build_mesh(mesh: config.MeshConfig, devices=None) -> Mesh:
@@ -148,6 +151,18 @@ def param(module: nn.Module, name: str, shape, axes, init):
   """Declares one float32 parameter: name, shape, logical axes and initializer on one line."""
   assert len(shape) == len(axes), (name, shape, axes)
   return module.param(name, nn.with_partitioning(init, axes), shape, np.float32)
+
+
+def cast(w, dtype):
+  """A float32 parameter in the dtype of the products, bfloat16 or float32, made where it is used and no earlier.
+
+  XLA takes a plain cast of a layer's matrices out of the loop over the layers and holds those of all layers once more:
+  6.5 GiB a chip where 64 share M2. A rounding to the same bits before the cast keeps it at its place.
+  """
+  if w.dtype == dtype:
+    return w
+  of = jnp.finfo(dtype)
+  return jax.lax.reduce_precision(w, of.nexp, of.nmant).astype(dtype)
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0):

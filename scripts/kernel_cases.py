@@ -384,7 +384,8 @@ def experts(o: Options, shape: Shape, count=1, train=False) -> Case:
   N = shape.context
   ids = np.argsort(np.random.default_rng(0).random((N, E), np.float32), axis=1)[:, :k].astype(np.int32)
   arguments = {
-      'x': Drawn((N, D)), 'up': Drawn((E, D, 2, F), D**-0.5), 'down': Drawn((E, F, D), F**-0.5),
+      'x': Drawn((N, D)), 'gate': Drawn((E, D, F), D**-0.5), 'up': Drawn((E, D, F), D**-0.5),
+      'down': Drawn((E, F, D), F**-0.5),
       'ids': ids, 'weights': np.full((N, k), 1 / k, np.float32),
       'dense_x': Drawn((N * k, D)), 'dense_up': Drawn((D, 2 * F), D**-0.5), 'dense_down': Drawn((F, D), F**-0.5),
   } | ({'dout': Drawn((N, D)), 'dense_dout': Drawn((N * k, D))} if train else {})  # fmt: skip
@@ -394,10 +395,10 @@ def experts(o: Options, shape: Shape, count=1, train=False) -> Case:
 
   def ours(name):
     function = lambda a: api.experts(
-        a['x'], a['ids'], a['weights'], a['up'], a['down'], implementation=name, platform=o.platform
+        a['x'], a['ids'], a['weights'], a['gate'], a['up'], a['down'], implementation=name, platform=o.platform
     )
     moved = item * (3 * min(E, N * k) * D * F + 2 * N * D)
-    return finish(Side(name, function, work, moved), ('x', 'up', 'down'))
+    return finish(Side(name, function, work, moved), ('x', 'gate', 'up', 'down'))
 
   def dense(a):
     gate, up = jnp.split(a['dense_x'] @ a['dense_up'], 2, axis=1)
@@ -407,8 +408,8 @@ def experts(o: Options, shape: Shape, count=1, train=False) -> Case:
   dense_train = lambda a: gradient(dense, names)(a | {'dout': a['dense_dout']})
   moved = item * (3 * D * F + 2 * N * k * D)
   peer = Side('dense product', dense_train if train else dense, (3 if train else 1) * work, (2 if train else 1) * moved)
-  oracle = lambda a: reference.experts(a['x'], a['ids'], a['weights'], a['up'], a['down'])
-  return Case(arguments, ours, [peer], gradient(oracle, ('x', 'up', 'down')) if train else oracle, peer.function)
+  oracle = lambda a: reference.experts(a['x'], a['ids'], a['weights'], a['gate'], a['up'], a['down'])
+  return Case(arguments, ours, [peer], gradient(oracle, ('x', 'gate', 'up', 'down')) if train else oracle, peer.function)
 
 
 KERNELS = {

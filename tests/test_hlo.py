@@ -36,6 +36,26 @@ def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns(kind, function
   assert found.bytes == LOOPS * sent
 
 
+def test_a_sum_that_is_scattered_within_a_fusion_counts_as_one():
+  """As libtpu writes a reduce-scatter of what lies otherwise than it is to be scattered."""
+  text = """
+%all-reduce-scatter.1 (input.1: bf16[16,128]) -> bf16[4,128] {
+  %input.1 = bf16[16,128]{1,0} parameter(0)
+  %all-reduce.136 = bf16[16,128]{1,0} all-reduce(%input.1), replica_groups={{0,1,2,3}}, to_apply=%add
+  %partition-id.1 = u32[] partition-id()
+  ROOT %dynamic-slice.2 = bf16[4,128]{1,0} dynamic-slice(%all-reduce.136, %partition-id.1), dynamic_slice_sizes={4,128}
+}
+
+ENTRY %main (x: bf16[16,128]) -> bf16[4,128] {
+  %x = bf16[16,128]{1,0} parameter(0)
+  ROOT %fusion.33 = bf16[4,128]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+  computations, entry = hlo.parse(text)
+  wanted = hlo.Collective('reduce-scatter', 4, 1, 16 * 128 * 2 * 3 / 4)
+  assert hlo.collectives(computations, hlo.runs(computations, entry)) == [wanted]
+
+
 def test_a_program_for_one_device_communicates_nothing():
   assert hlo.collectives(*read(lambda x: x @ x, jnp.ones((8, 8)))) == []
 

@@ -235,9 +235,9 @@ def called(what, implementation, platform):
     function = lambda *arguments: sum(jnp.sum(x) for x in api.msa(*arguments, block_size=64, top_k=2, **choice))
     differentiated = (0, 1, 2, 3, 4)
   else:
-    arguments = array((256, 128)), ids((256, 2)), array((256, 2)), array((4, 128, 2, 128)), array((4, 128, 128))
-    function = lambda x, ids, weights, up, down: api.experts(x, ids, weights, up, down, **choice)
-    differentiated = (0, 2, 3, 4)
+    arguments = array((256, 128)), ids((256, 2)), array((256, 2)), *(array((4, 128, 128)),) * 3
+    function = functools.partial(api.experts, **choice)
+    differentiated = (0, 2, 3, 4, 5)
   total = lambda *arguments: jnp.sum(function(*arguments).astype(jnp.float32))
   return jax.jit(jax.grad(total, differentiated)), arguments
 

@@ -64,7 +64,7 @@ def test_of_a_large_model_only_norms_and_routers_are_held_twice(monkeypatch):
   for path, leaf in jax.tree_util.tree_leaves_with_path(train_step.abstract_state(tiny.BASE, mesh).params):
     parts = leaf.size // np.prod(leaf.sharding.shard_shape(leaf.shape))
     name = path[-1].key
-    assert (parts == 1 if name in ('scale', 'w_gate') or name.endswith('_norm') else parts == 8), (path, leaf)
+    assert (parts == 1 if name in ('scale', 'w_router') or name.endswith('_norm') else parts == 8), (path, leaf)
 
 
 def test_z_loss_adds_the_squared_logsumexp_to_the_loss_and_to_its_gradient():
@@ -131,7 +131,7 @@ def test_balance_loss_is_one_when_even_and_in_the_loss_when_weighted():
   assert 0.9 < metrics['router/balance_loss'] < 2
   weighted, _ = run(tiny.experiment(model__moe__balance_loss_weight=0.1), steps=1)
   plain, _ = run(tiny.BASE, steps=1)
-  gate = lambda state: state.params['segment_0']['layer_0']['ffn']['w_gate']
+  gate = lambda state: state.params['segment_0']['layer_0']['ffn']['w_router']
   assert np.abs(gate(weighted) - gate(plain)).max() > 0
 
 

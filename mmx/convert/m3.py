@@ -26,8 +26,8 @@ def _index(query, key):
 def _mlp(prefix, leaf):
   """Rules of a dense feed-forward with gate and up apart."""
   return {
-      f'{prefix}.gate_proj.weight': (f'{leaf}/w_gate_up', 'd 0 f -> f d'),
-      f'{prefix}.up_proj.weight': (f'{leaf}/w_gate_up', 'd 1 f -> f d'),
+      f'{prefix}.gate_proj.weight': (f'{leaf}/w_gate', 'd f -> f d'),
+      f'{prefix}.up_proj.weight': (f'{leaf}/w_up', 'd f -> f d'),
       f'{prefix}.down_proj.weight': (f'{leaf}/w_down', 'f d -> d f'),
   }
 
@@ -35,7 +35,7 @@ def _mlp(prefix, leaf):
 def _fused_mlp(prefix, leaf):
   """The same with gate rows first in one matrix."""
   return {
-      f'{prefix}.gate_up_proj.weight': (f'{leaf}/w_gate_up', 'd g f -> (g f) d'),
+      f'{prefix}.gate_up_proj.weight': (f'{leaf}/w_gate {leaf}/w_up', 's d f -> (s f) d'),
       f'{prefix}.down_proj.weight': (f'{leaf}/w_down', 'f d -> d f'),
   }
 

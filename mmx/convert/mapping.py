@@ -2,11 +2,10 @@
 
   'self_attn.q_proj.weight': ('mixer/w_q', 'd h e -> (h e) d')
 
-reads: our leaf has axes d, h, e; theirs merges h and e and has d behind. On our side a digit is a fixed place on an
-axis, and a capital letter stands for one tensor for each place, with its number in the name. Several leaves are stacked
-in front, as axis s:
+reads: our leaf has axes d, h, e; theirs merges h and e and has d behind. On our side a capital letter stands for one
+tensor for each place, with its number in the name. Several leaves are stacked in front, as axis s:
 
-  'experts.{E}.w3.weight': ('ffn/w_gate_up', 'E d 1 f -> f d')
+  'experts.{E}.w3.weight': ('ffn/w_up', 'E d f -> f d')
   'self_attn.qkv_proj.weight': ('mixer/w_q mixer/w_k mixer/w_v', 's d h e -> (h s e) d')
 
 Rules of a layer leave out our first axis, which stacks the repeats of a segment.
@@ -72,15 +71,15 @@ ATTENTION: Rules = {
     'self_attn.k_norm.weight': ('mixer/k_norm', 'n -> n'),
 }
 EXPERTS: Rules = {
-    'block_sparse_moe.gate.weight': ('ffn/w_gate', 'd e -> e d'),
-    'block_sparse_moe.experts.{E}.w1.weight': ('ffn/w_gate_up', 'E d 0 f -> f d'),
+    'block_sparse_moe.gate.weight': ('ffn/w_router', 'd e -> e d'),
+    'block_sparse_moe.experts.{E}.w1.weight': ('ffn/w_gate', 'E d f -> f d'),
     'block_sparse_moe.experts.{E}.w2.weight': ('ffn/w_down', 'E f d -> d f'),
-    'block_sparse_moe.experts.{E}.w3.weight': ('ffn/w_gate_up', 'E d 1 f -> f d'),
+    'block_sparse_moe.experts.{E}.w3.weight': ('ffn/w_up', 'E d f -> f d'),
 }
 EXPERT_BIAS: Rules = {'block_sparse_moe.e_score_correction_bias': ('ffn/bias', 'e -> e')}
 FUSED_EXPERTS: Rules = {  # as transformers holds them in memory
-    'mlp.gate.weight': ('ffn/w_gate', 'd e -> e d'),
-    'mlp.experts.gate_up_proj': ('ffn/w_gate_up', 'e d g f -> e (g f) d'),
+    'mlp.gate.weight': ('ffn/w_router', 'd e -> e d'),
+    'mlp.experts.gate_up_proj': ('ffn/w_gate ffn/w_up', 's e d f -> e (s f) d'),
     'mlp.experts.down_proj': ('ffn/w_down', 'e f d -> e d f'),
 }
 
@@ -126,7 +125,7 @@ def _expand(name: str, leaves: tuple[str, ...], axes: str, shape, repeat: tuple[
   numbered = [axis for axis in ours if axis.isupper()]
   for numbers in itertools.product(*(range(size[axis]) for axis in numbered)):
     number = dict(zip(numbered, numbers, strict=True))
-    at = tuple(int(axis) if axis.isdigit() else number.get(axis, slice(None)) for axis in ours)
+    at = tuple(number.get(axis, slice(None)) for axis in ours)
     split = tuple(size[axis] for axis in flat)
     yield Tensor(name.format(**number), tuple(merged), leaves, repeat + at, split, order)
 

@@ -102,8 +102,8 @@ def attend_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT):
   return _attention.attention_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT)
 
 
-def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementation, platform, activation='swiglu',
-            most=0):
+def experts(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, *, implementation, platform,
+            activation='swiglu', most=0):
   """Weighted sum of the chosen experts' outputs; see `reference.experts`. Runs on one shard's rows.
 
   most: assignments that can be here (ids below E) at most, where that is known to be less than all; 0 is all.
@@ -111,8 +111,8 @@ def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementat
   Raises:
     UnsupportedError: a named implementation does not support the platform.
   """
-  arguments = x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation
-  name, gpu = _experts_form(x_ND, w_gate_up_ED2F, implementation, platform)
+  arguments = x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation
+  name, gpu = _experts_form(x_ND, w_gate_EDF, implementation, platform)
   if name == 'hopper':
     return gpu.experts_hopper(*arguments, most)
   if name == 'reference':
@@ -125,7 +125,7 @@ def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, implementat
   return function(*arguments, most)
 
 
-def experts_on_rows(x_RD, weight_R1, group_sizes_E, w_gate_up_ED2F, w_down_EFD, *, implementation, platform,
+def experts_on_rows(x_RD, weight_R1, group_sizes_E, w_gate_EDF, w_up_EDF, w_down_EFD, *, implementation, platform,
                     activation='swiglu'):
   """Each row's expert on it, times its weight, [R, D]; rows stand sorted by expert in groups of those sizes (int32 [E]).
 
@@ -134,8 +134,8 @@ def experts_on_rows(x_RD, weight_R1, group_sizes_E, w_gate_up_ED2F, w_down_EFD, 
   Raises:
     UnsupportedError: a named implementation does not support the platform.
   """
-  arguments = x_RD, weight_R1, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation
-  name, gpu = _experts_form(x_RD, w_gate_up_ED2F, implementation, platform)
+  arguments = x_RD, weight_R1, group_sizes_E, w_gate_EDF, w_up_EDF, w_down_EFD, activation
+  name, gpu = _experts_form(x_RD, w_gate_EDF, implementation, platform)
   if name in ('loop', 'reference'):
     return _grouped.loop_on_rows(*arguments)
   if name == 'megablox':
@@ -143,10 +143,10 @@ def experts_on_rows(x_RD, weight_R1, group_sizes_E, w_gate_up_ED2F, w_down_EFD, 
   return _grouped.products(*arguments, gpu.hopper() if name == 'hopper' else _grouped.BLOCKS)
 
 
-def _experts_form(x_ND, w_gate_up_ED2F, implementation, platform):
+def _experts_form(x_ND, w_gate_EDF, implementation, platform):
   """(name of the form, the module of Hopper's or None)."""
   everywhere = ('cpu', 'gpu', 'tpu')
-  D, _, F = w_gate_up_ED2F.shape[1:]
+  D, F = w_gate_EDF.shape[1:]
   lanes = '' if D % 128 == 0 and F % 128 == 0 else f'needs d_model and d_ff in multiples of 128, got {D} and {F}'
   table = [
       ('megablox', ('tpu',), lanes),
@@ -156,7 +156,7 @@ def _experts_form(x_ND, w_gate_up_ED2F, implementation, platform):
       ('reference', everywhere, ''),
   ]
   if implementation == 'hopper':
-    return implementation, _hopper('experts', platform, lambda gpu: gpu.unsupported(x_ND, w_gate_up_ED2F))
+    return implementation, _hopper('experts', platform, lambda gpu: gpu.unsupported(x_ND, w_gate_EDF))
   return _choose('experts', table, implementation, platform), None
 
 

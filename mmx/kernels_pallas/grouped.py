@@ -2,7 +2,7 @@
 
 All forms share one signature and mean the same as `reference.experts`:
 
-  experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most=0) -> y_ND
+  experts(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation, most=0) -> y_ND
 
 Assignments (token, expert) are sorted by expert into R rows; `group_sizes_E` are the true counts. An id equal to E means
 'not here': its rows sort last, behind every group, cost nothing and add zero. R is N*k, or `most` where the caller knows
@@ -12,7 +12,7 @@ both directions (the inverse permutation is at hand), since a scatter-add of row
 
   loop      CPU. Loops over experts and blocks of their rows, with trip counts known at run time: work follows
             the true loads and weights are read once. `lax.ragged_dot` multiplies every row by every expert on CPU (32
-            times the work at E=32); a batched product over blocks copies [blocks, D, 2F] of weights.
+            times the work at E=32); a batched product over blocks copies [blocks, D, F] of weights.
   blocks    Any platform, for shapes that kernels refuse. Groups padded to blocks of 256 rows, one batched product with
             gathered weights.
   megablox  TPU. The Pallas grouped product of jax with true group sizes.
@@ -113,11 +113,11 @@ def _put(array, update, row):
   return lax.dynamic_update_slice_in_dim(array, update, row, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def experts_loop(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def experts_loop(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation='swiglu', most=0):
   """See the module docstring. Keeps nothing of the rows: the backward pass makes gate and up again, which takes less
-  than writing and reading them ([R, 2F]: 0.7 times the time of a layer with its gradient at D=128)."""
-  return _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most)[0]
+  than writing and reading them (twice [R, F]: 0.7 times the time of a layer with its gradient at D=128)."""
+  return _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation, most)[0]
 
 
 def _loop_block(rows, num_experts):
@@ -156,7 +156,7 @@ def _over_blocks(group_sizes_E, block, expert_body, start):
   return lax.fori_loop(0, group_sizes_E.shape[0], one_expert, start)
 
 
-def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most):
+def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation, most):
   E, F, D = w_down_EFD.shape
   rows, here_Nk = sort_by_expert(ids_Nk, E, most), ids_Nk < E
   R = rows.token_R.shape[0]
@@ -164,77 +164,76 @@ def _loop_forward(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activati
   token = jnp.pad(rows.token_R, (0, block))
 
   def expert_body(expert, blocks, y):
-    w_gate_up, w_down = _take(w_gate_up_ED2F, expert).reshape(D, 2 * F), _take(w_down_EFD, expert)
+    w_gate, w_up, w_down = (_take(w, expert) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
 
     def step(row, inside_b, y):
-      b = inside_b.size
-      h_b2F = x_ND[lax.dynamic_slice_in_dim(token, row, b)] @ w_gate_up
+      x_bD = x_ND[lax.dynamic_slice_in_dim(token, row, inside_b.size)]
       # Rows past the group's end are garbage until the next group, which comes later, writes them.
-      return _put(y, ACTIVATIONS[activation](h_b2F[:, :F], h_b2F[:, F:]) @ w_down, row)
+      return _put(y, ACTIVATIONS[activation](x_bD @ w_gate, x_bD @ w_up) @ w_down, row)
 
     return blocks(step, y)
 
   y_RD = _over_blocks(rows.group_sizes_E, block, expert_body, jnp.zeros((R + block, D), x_ND.dtype))
   y_ND = weighted_sum(y_RD, rows.slot_Nk, weights_Nk, here_Nk)
-  return y_ND, (x_ND, weights_Nk, here_Nk, rows, w_gate_up_ED2F, w_down_EFD)
+  return y_ND, (x_ND, weights_Nk, here_Nk, rows, w_gate_EDF, w_up_EDF, w_down_EFD)
 
 
 def _loop_backward(activation, most, residuals, dout_ND):
   del most
-  x_ND, weights_Nk, here_Nk, rows, w_gate_up_ED2F, w_down_EFD = residuals
-  E, F, D = w_down_EFD.shape
+  x_ND, weights_Nk, here_Nk, rows, *matrices = residuals
+  E, F, D = matrices[-1].shape
   R = rows.token_R.shape[0]
   block = _loop_block(R, E)
   token = jnp.pad(rows.token_R, (0, block))
   weight = jnp.pad(weights_Nk.reshape(-1)[rows.source_R], (0, block)).astype(x_ND.dtype)
 
   def expert_body(expert, blocks, carry):
-    dx, dweight, dw_gate_up_ED2F, dw_down_EFD = carry
-    w_gate_up, w_down = _take(w_gate_up_ED2F, expert).reshape(D, 2 * F), _take(w_down_EFD, expert)
+    dx, dweight, *dmatrices = carry
+    w_gate, w_up, w_down = (_take(w, expert) for w in matrices)
 
     def step(row, inside_b, carry):
       b = inside_b.size
-      dx, dweight, dw_gate_up, dw_down = carry
+      dx, dweight, dw_gate, dw_up, dw_down = carry
       rows_of = lambda array: lax.dynamic_slice_in_dim(array, row, b)
       token_b = rows_of(token)
       x_bD, dout_bD = x_ND[token_b], dout_ND[token_b]
       weight_b1 = jnp.where(inside_b, rows_of(weight), 0)[:, None]
-      h_b2F = x_bD @ w_gate_up
-      act_bF, activation_vjp = jax.vjp(ACTIVATIONS[activation], h_b2F[:, :F], h_b2F[:, F:])
+      act_bF, activation_vjp = jax.vjp(ACTIVATIONS[activation], x_bD @ w_gate, x_bD @ w_up)
       back_bF = _rows_times_transposed(dout_bD, w_down)  # d out / d act, before the router's weight
-      dh_b2F = jnp.concatenate(activation_vjp(back_bF * weight_b1), axis=1)
-      dx = _put(dx, _rows_times_transposed(dh_b2F, w_gate_up), row)
+      dgate_bF, dup_bF = activation_vjp(back_bF * weight_b1)
+      dx_bD = _rows_times_transposed(dgate_bF, w_gate) + _rows_times_transposed(dup_bF, w_up)
+      dx = _put(dx, dx_bD, row)
       # <dout, y> = <dout W_down^T, act>: the router's gradient without y.
       dweight = _put(dweight, jnp.sum((act_bF * back_bF).astype(jnp.float32), axis=1), row)
-      dw_gate_up += _transposed_times_rows(x_bD, dh_b2F).astype(jnp.float32)
+      dw_gate += _transposed_times_rows(x_bD, dgate_bF).astype(jnp.float32)
+      dw_up += _transposed_times_rows(x_bD, dup_bF).astype(jnp.float32)
       dw_down += _transposed_times_rows(act_bF * weight_b1, dout_bD).astype(jnp.float32)
-      return dx, dweight, dw_gate_up, dw_down
+      return dx, dweight, dw_gate, dw_up, dw_down
 
-    sums = jnp.zeros((D, 2 * F), jnp.float32), jnp.zeros((F, D), jnp.float32)
-    dx, dweight, dw_gate_up, dw_down = blocks(step, (dx, dweight, *sums))
+    sums = (jnp.zeros(w.shape[1:], jnp.float32) for w in matrices)
+    dx, dweight, *sums = blocks(step, (dx, dweight, *sums))
     store = lambda array, update: lax.dynamic_update_index_in_dim(array, update.astype(array.dtype), expert, 0)
-    return dx, dweight, store(dw_gate_up_ED2F, dw_gate_up.reshape(D, 2, F)), store(dw_down_EFD, dw_down)
+    return dx, dweight, *map(store, dmatrices, sums)
 
   start = (
       jnp.zeros((R + block, D), x_ND.dtype),
       jnp.zeros(R + block, jnp.float32),
-      jnp.zeros_like(w_gate_up_ED2F),
-      jnp.zeros_like(w_down_EFD),
+      *map(jnp.zeros_like, matrices),
   )
-  dx_RD, dweight_R, dw_gate_up, dw_down = _over_blocks(rows.group_sizes_E, block, expert_body, start)
+  dx_RD, dweight_R, *dmatrices = _over_blocks(rows.group_sizes_E, block, expert_body, start)
   dweights_Nk = jnp.where(here_Nk, dweight_R[rows.slot_Nk], 0).astype(weights_Nk.dtype)
-  return weighted_sum(dx_RD, rows.slot_Nk, here_Nk, here_Nk), None, dweights_Nk, dw_gate_up, dw_down
+  return weighted_sum(dx_RD, rows.slot_Nk, here_Nk, here_Nk), None, dweights_Nk, *dmatrices
 
 
 experts_loop.defvjp(_loop_forward, _loop_backward)
 
 
-def loop_on_rows(x_RD, weight_R1, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation):
+def loop_on_rows(x_RD, weight_R1, group_sizes_E, w_gate_EDF, w_up_EDF, w_down_EFD, activation):
   """`experts_loop` on rows that stand sorted by expert, one assignment each."""
   end_E, row_R = jnp.cumsum(group_sizes_E), jnp.arange(x_RD.shape[0], dtype=jnp.int32)
   ids_R1 = jnp.searchsorted(end_E, row_R, side='right').astype(jnp.int32)[:, None]
   x_RD = jnp.where(ids_R1 < end_E.size, x_RD, 0)  # blocks hang over into rows that hold anything
-  return experts_loop(x_RD, ids_R1, weight_R1, w_gate_up_ED2F, w_down_EFD, activation)
+  return experts_loop(x_RD, ids_R1, weight_R1, w_gate_EDF, w_up_EDF, w_down_EFD, activation)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,7 +267,9 @@ class Product(NamedTuple):
   multiple: int = 1  # of R
 
 
-def experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, product: Product):
+def experts_sorted(
+    x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation, most, product: Product
+):
   """Rows in expert order, `products`, and back, each way by gathers. Rows behind the groups fill R up to what the product
   asks for."""
   rows = sort_by_expert(ids_Nk, w_down_EFD.shape[0], most)
@@ -278,34 +279,31 @@ def experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activat
   weight_R1 = _dispatch(single(weights_Nk), fill(rows.source_R), single(rows.slot_Nk), single(here_Nk))
   x_RD = _dispatch(x_ND, *tables)
   return _collect(
-      products(x_RD, weight_R1, rows.group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation, product), *tables
+      products(x_RD, weight_R1, rows.group_sizes_E, w_gate_EDF, w_up_EDF, w_down_EFD, activation, product), *tables
   )
 
 
-def products(x_RD, weight_R1, group_sizes_E, w_gate_up_ED2F, w_down_EFD, activation, product: Product):
-  """Experts on rows that stand sorted by expert, times weights: two grouped products [R, D] -> [R, 2F] -> [R, D]."""
-  E, F, D = w_down_EFD.shape
+def products(x_RD, weight_R1, group_sizes_E, w_gate_EDF, w_up_EDF, w_down_EFD, activation, product: Product):
+  """Experts on rows that stand sorted by expert, times weights: three grouped products."""
   R = x_RD.shape[0]
   fill = lambda rows: jnp.pad(rows, ((0, -R % product.multiple), (0, 0)))
-  h_R2F = product.of(fill(x_RD), w_gate_up_ED2F.reshape(E, D, 2 * F), group_sizes_E)
-  return product.of(_gated(activation, h_R2F, fill(weight_R1)), w_down_EFD, group_sizes_E)[:R]
+  x_RD, of_each = fill(x_RD), functools.partial(product.of, group_sizes_E=group_sizes_E)
+  inner_RF = _gated(activation, of_each(x_RD, w_gate_EDF), of_each(x_RD, w_up_EDF), fill(weight_R1))
+  return of_each(inner_RF, w_down_EFD)[:R]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated(activation, h_R2F, weight_R1):
-  """act(gate, up) * weight, [R, F]. Weighed here, not behind the second product, so that the backward pass needs no
-  output of that product: a layer that is made again leaves it out. Gradients of gate and up are written side by side
-  at once, where autodiff adds two padded halves."""
-  act_RF = ACTIVATIONS[activation](*jnp.split(h_R2F, 2, axis=1))
-  return (act_RF * weight_R1).astype(h_R2F.dtype)
+def _gated(activation, gate_RF, up_RF, weight_R1):
+  """act(gate, up) * weight, [R, F]. Weighed here, not behind the last product, so that the backward pass needs no
+  output of that product: a layer that is made again leaves it out."""
+  return (ACTIVATIONS[activation](gate_RF, up_RF) * weight_R1).astype(gate_RF.dtype)
 
 
 def _gated_backward(activation, residuals, dout_RF):
-  h_R2F, weight_R1 = residuals
-  act_RF, back = jax.vjp(ACTIVATIONS[activation], *jnp.split(h_R2F, 2, axis=1))
+  gate_RF, up_RF, weight_R1 = residuals
+  act_RF, back = jax.vjp(ACTIVATIONS[activation], gate_RF, up_RF)
   dweight_R1 = jnp.sum((act_RF * dout_RF).astype(jnp.float32), axis=1, keepdims=True)
-  dgate_up = back((dout_RF * weight_R1).astype(act_RF.dtype))
-  return jnp.concatenate(dgate_up, axis=1), dweight_R1.astype(weight_R1.dtype)
+  return *back((dout_RF * weight_R1).astype(act_RF.dtype)), dweight_R1.astype(weight_R1.dtype)
 
 
 _gated.defvjp(lambda activation, *arguments: (_gated(activation, *arguments), arguments), _gated_backward)
@@ -359,9 +357,9 @@ def _block_product(x_RA, w_EAC, group_sizes_E):
 BLOCKS = Product(_block_product)
 
 
-def experts_blocks(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0):
+def experts_blocks(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation='swiglu', most=0):
   """See the module docstring."""
-  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, BLOCKS)
+  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation, most, BLOCKS)
 
 
 def megablox(rows, groups, interpret=False) -> Product:
@@ -384,11 +382,11 @@ def megablox(rows, groups, interpret=False) -> Product:
 
 
 def experts_megablox(
-    x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0, interpret=False
+    x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation='swiglu', most=0, interpret=False
 ):
   """See the module docstring."""
   product = megablox(min(ids_Nk.size, most or ids_Nk.size), w_down_EFD.shape[0], interpret)
-  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, product)
+  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation, most, product)
 
 
 def _part(side, most):

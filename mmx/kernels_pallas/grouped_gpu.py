@@ -36,11 +36,11 @@ TILE = 256  # most of side C: 128 x 256 float32 sums fill half the registers of 
 STAGES = 4  # steps of operands in shared memory: 48 KiB each of 227 KiB
 
 
-def unsupported(x_ND, w_gate_up_ED2F) -> str:
+def unsupported(x_ND, w_gate_EDF) -> str:
   """'' where `experts_hopper` compiles for Hopper, else one reason. Takes anything with shape and dtype."""
-  D, _, F = w_gate_up_ED2F.shape[1:]
-  if x_ND.dtype != jnp.bfloat16 or w_gate_up_ED2F.dtype != jnp.bfloat16:
-    return f'dtypes {x_ND.dtype} and {w_gate_up_ED2F.dtype}; bfloat16 is supported'
+  D, F = w_gate_EDF.shape[1:]
+  if x_ND.dtype != jnp.bfloat16 or w_gate_EDF.dtype != jnp.bfloat16:
+    return f'dtypes {x_ND.dtype} and {w_gate_EDF.dtype}; bfloat16 is supported'
   if D % BLOCK or F % BLOCK:
     return f'd_model {D} and d_ff {F}; multiples of {BLOCK} are supported'
   return ''
@@ -53,11 +53,11 @@ def hopper(interpret=False) -> Product:
 
 
 def experts_hopper(
-    x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu', most=0, interpret=False
+    x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation='swiglu', most=0, interpret=False
 ):
   """See `grouped`."""
   product = hopper(interpret)
-  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation, most, product)
+  return experts_sorted(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation, most, product)
 
 
 def _rows(x_RA, w_EAC, group_sizes_E, interpret):

@@ -22,14 +22,14 @@ def attention(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT):
   return jnp.einsum('bkgts,bskd->btkgd', probabilities, v_BTKDh).reshape(B, T, H, Dh)
 
 
-def experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, activation='swiglu'):
+def experts(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, activation='swiglu'):
   """Every expert on every token, then the weighted sum of the chosen; id E means 'not here' and adds zero.
 
   Returns [N, D]: sum over k of weight * down_e(act(gate_e(x), up_e(x))).
   """
   E = w_down_EFD.shape[0]
-  gate_up = jnp.einsum('nd,edgf->negf', x_ND, w_gate_up_ED2F)
-  act_NEF = ACTIVATIONS[activation](gate_up[:, :, 0], gate_up[:, :, 1])
+  gate_NEF, up_NEF = (jnp.einsum('nd,edf->nef', x_ND, w_EDF) for w_EDF in (w_gate_EDF, w_up_EDF))
+  act_NEF = ACTIVATIONS[activation](gate_NEF, up_NEF)
   y_NED = jnp.einsum('nef,efd->ned', act_NEF, w_down_EFD)
   chosen_NkE = jax.nn.one_hot(ids_Nk, E, dtype=jnp.float32)
   weight_NE = jnp.einsum('nk,nke->ne', weights_Nk.astype(jnp.float32), chosen_NkE)

@@ -15,7 +15,7 @@ from mmx.layers import context_parallel
 from mmx.layers.context import Context
 from mmx.layers.norm import norm
 from mmx.layers.rope import rotary_angles, rotate
-from mmx.sharding import fan_in_normal, param
+from mmx.sharding import cast, fan_in_normal, param
 
 
 class Attention(nn.Module):
@@ -88,7 +88,7 @@ def project(module, model: ModelConfig, x_BTD, context: Context, cache, mesh):
   w_k = param(module, 'w_k', (D, K, Dh), ('embed', 'kv_heads', 'head_dim'), key_init(a.qk_init, D, first_of_group))
   w_v = param(module, 'w_v', (D, K, Dh), ('embed', 'kv_heads', 'head_dim'), fan_in_normal(D))
   keys_x_BTD, kept = shift_keys(module, model, x_BTD, context, cache)
-  heads = lambda x_BTD, w: jnp.einsum('btd,dhe->bthe', x_BTD, w.astype(x_BTD.dtype))
+  heads = lambda x_BTD, w: jnp.einsum('btd,dhe->bthe', x_BTD, cast(w, x_BTD.dtype))
   q_BTHDh, k_BTKDh, v_BTKDh = heads(x_BTD, w_q), heads(keys_x_BTD, w_k), heads(x_BTD, w_v)
 
   if a.qk_norm == 'full_width':
@@ -113,7 +113,7 @@ def project_out(module, out_BTHDh, D, out_scale):
   """[B, T, H, Dh] -> [B, T, D]."""
   H, Dh = out_BTHDh.shape[2:]
   w_o = param(module, 'w_o', (H, Dh, D), ('heads', 'head_dim', 'embed'), fan_in_normal(H * Dh, out_scale))
-  return jax.lax.dot_general(out_BTHDh, w_o.astype(out_BTHDh.dtype), (((2, 3), (0, 1)), ((), ())))
+  return jax.lax.dot_general(out_BTHDh, cast(w_o, out_BTHDh.dtype), (((2, 3), (0, 1)), ((), ())))
 
 
 def key_init(qk_init, fan_in, query_weights):
@@ -137,7 +137,7 @@ def shift_keys(module, model: ModelConfig, x_BTD, context: Context, cache):
   if model.key_shift == 'none':
     return x_BTD, {}
   D = x_BTD.shape[-1]
-  gates_2D = param(module, 'key_shift', (2, D), ('gate_up', 'norm'), nn.initializers.constant(0.5)).astype(x_BTD.dtype)
+  gates_2D = param(module, 'key_shift', (2, D), (None, 'norm'), nn.initializers.constant(0.5)).astype(x_BTD.dtype)
   if cache is None:
     before_BTD = context_parallel.one_before(x_BTD, module.mesh)
   else:

@@ -1,16 +1,15 @@
 """Dense gated feed-forward."""
 
-import jax.numpy as jnp
 from flax import linen as nn
 
 from mmx.kernels_pallas.gated import ACTIVATIONS
-from mmx.sharding import fan_in_normal, param
+from mmx.sharding import cast, fan_in_normal, param
 
 
-def gated(x_BTD, w_gate_up_D2F, w_down_FD, activation):
-  """down(act(gate(x), up(x))); gate and up are one product."""
-  gate_up = jnp.einsum('btd,dgf->btgf', x_BTD, w_gate_up_D2F.astype(x_BTD.dtype))
-  return ACTIVATIONS[activation](gate_up[:, :, 0], gate_up[:, :, 1]) @ w_down_FD.astype(x_BTD.dtype)
+def gated(x_BTD, w_gate_DF, w_up_DF, w_down_FD, activation):
+  """down(act(gate(x), up(x)))."""
+  w_gate_DF, w_up_DF, w_down_FD = (cast(w, x_BTD.dtype) for w in (w_gate_DF, w_up_DF, w_down_FD))
+  return ACTIVATIONS[activation](x_BTD @ w_gate_DF, x_BTD @ w_up_DF) @ w_down_FD
 
 
 class MLP(nn.Module):
@@ -23,6 +22,7 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BTD):
     D = x_BTD.shape[-1]
-    w_gate_up = param(self, 'w_gate_up', (D, 2, self.d_ff), ('embed', 'gate_up', 'hidden'), fan_in_normal(D))
+    w_gate = param(self, 'w_gate', (D, self.d_ff), ('embed', 'hidden'), fan_in_normal(D))
+    w_up = param(self, 'w_up', (D, self.d_ff), ('embed', 'hidden'), fan_in_normal(D))
     w_down = param(self, 'w_down', (self.d_ff, D), ('hidden', 'embed'), fan_in_normal(self.d_ff, self.out_scale))
-    return gated(x_BTD, w_gate_up, w_down, self.activation)
+    return gated(x_BTD, w_gate, w_up, w_down, self.activation)

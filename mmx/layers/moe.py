@@ -20,8 +20,8 @@ from mmx import sharding
 from mmx.config import MoEConfig
 from mmx.kernels_pallas import api
 from mmx.layers.mlp import MLP
-from mmx.layers.moe_transport import DOWN_AXES, GATE_UP_AXES, Experts, expert_parallel
-from mmx.sharding import fan_in_normal, param
+from mmx.layers.moe_transport import DOWN_AXES, GATE_AXES, UP_AXES, Experts, expert_parallel
+from mmx.sharding import cast, fan_in_normal, param
 
 
 @struct.dataclass
@@ -34,10 +34,10 @@ class MoEAux:
   dropped: jax.Array  # fraction of assignments dropped by a capacity limit
 
 
-def gate_scores(x_BTD, w_gate_DE, gate):
+def gate_scores(x_BTD, w_router_DE, gate):
   """Scores [B, T, E] in float32: independent sigmoids, or a softmax over experts."""
-  # The gate's product is float32 even when the model computes in bfloat16: rounding flips near-ties.
-  logits_BTE = jnp.einsum('btd,de->bte', x_BTD.astype(jnp.float32), w_gate_DE, precision='float32')
+  # The router's product is float32 even when the model computes in bfloat16: rounding flips near-ties.
+  logits_BTE = jnp.einsum('btd,de->bte', x_BTD.astype(jnp.float32), w_router_DE, precision='float32')
   return jax.nn.sigmoid(logits_BTE) if gate == 'sigmoid' else jax.nn.softmax(logits_BTE, axis=-1)
 
 
@@ -89,12 +89,13 @@ class MoE(nn.Module):
   def __call__(self, x_BTD, valid_BT):
     c = self.config
     D, E, F = x_BTD.shape[-1], c.num_experts, c.d_ff
-    w_gate = param(self, 'w_gate', (D, E), ('norm', 'router'), fan_in_normal(D))
-    w_gate_up = param(self, 'w_gate_up', (E, D, 2, F), GATE_UP_AXES, fan_in_normal(D))
+    w_router = param(self, 'w_router', (D, E), ('norm', 'router'), fan_in_normal(D))
+    w_gate = param(self, 'w_gate', (E, D, F), GATE_AXES, fan_in_normal(D))
+    w_up = param(self, 'w_up', (E, D, F), UP_AXES, fan_in_normal(D))
     w_down = param(self, 'w_down', (E, F, D), DOWN_AXES, fan_in_normal(F, self.out_scale))
     bias_E = self.variable('router', 'bias', jnp.zeros, (E,), jnp.float32).value
 
-    scores_BTE = gate_scores(x_BTD, w_gate, c.gate)
+    scores_BTE = gate_scores(x_BTD, w_router, c.gate)
     choose = functools.partial(route, top_k=c.top_k, routed_scaling=c.routed_scaling)
     if self.mesh is not None and self.mesh.size > 1:  # the partitioner would collect all scores for a top_k
       tokens = sharding.spec_of(('batch', 'length', None), scores_BTE.shape, self.mesh)
@@ -105,7 +106,7 @@ class MoE(nn.Module):
         'implementation': c.implementation, 'platform': sharding.platform_of(self.mesh), 'activation': self.activation,
     }
     y_BTD, dropped = expert_parallel(
-        x_BTD, ids_BTk, weights_BTk, w_gate_up.astype(x_BTD.dtype), w_down.astype(x_BTD.dtype),
+        x_BTD, ids_BTk, weights_BTk, *(cast(w, x_BTD.dtype) for w in (w_gate, w_up, w_down)),
         mesh=self.mesh, transport=c.transport, capacity_factor=c.capacity_factor,
         experts=Experts(functools.partial(api.experts, **choice), functools.partial(api.experts_on_rows, **choice)),
     )

@@ -3,8 +3,7 @@
 Everything here runs inside `jax.shard_map` except `expert_parallel`, which opens it. Routing is already done: each
 shard holds N tokens with the ids of their k distinct experts and the weights of the sum. A transport has one signature,
 
-  transport(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *,
-            axis_name, num_experts, capacity_factor, experts) -> (y_ND, dropped)
+  transport(x_ND, ids_Nk, weights_Nk, matrices, *, axis_name, num_experts, capacity_factor, experts) -> (y_ND, dropped)
 
 with the matrices of this shard's experts only, and knows nothing of what an expert computes: that is `Experts`. Those
 that send rows of any number take the platform's `ragged_journey` too.
@@ -41,20 +40,21 @@ from mmx.kernels_pallas.anything import anything
 from mmx.kernels_pallas.grouped import LANES, sort_by_expert
 from mmx.sharding import AXES, BATCH_AXES, batch_spec, on_shards, platform_of, spec_of
 
-# Logical axes of an expert's matrices.
-GATE_UP_AXES = 'experts', 'embed', 'gate_up', 'hidden'
-DOWN_AXES = 'experts', 'hidden', 'embed'
+# Logical axes of the experts' matrices. Where each shard has a part, it is one of rows: the last axis stays in whole
+# tiles, and parts lie one behind the other when they are gathered.
+GATE_AXES = UP_AXES = 'experts', 'embed', 'hidden'
+DOWN_AXES = 'experts', 'hidden_rows', None
 FULL_TILES = 512  # rows: what kernels take comes in multiples of theirs, which divide this
 
 
 class Experts(NamedTuple):
   """What a shard computes with the matrices of its own experts, which count from 0."""
 
-  # (x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most=) -> y_ND. An id equal to their number means 'not here'
-  # and adds nothing; at most `most` ids are another.
+  # (x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, most=) -> y_ND. An id equal to their number means 'not
+  # here' and adds nothing; at most `most` ids are another.
   of_tokens: Callable
-  # (x_QD, weight_Q1, group_sizes_E, w_gate_up_ED2F, w_down_EFD) -> y_QD. Rows stand sorted by expert; behind them,
-  # anything.
+  # (x_QD, weight_Q1, group_sizes_E, w_gate_EDF, w_up_EDF, w_down_EFD) -> y_QD. Rows stand sorted by expert; behind
+  # them, anything.
   of_rows: Callable | None = None
 
 
@@ -182,30 +182,28 @@ def localise(ids_Qk, weights_Qk, first_expert, num_local):
 # ---- transports ------------------------------------------------------------------------------------------------------
 
 
-def stay(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, num_experts, capacity_factor, experts):
+def stay(x_ND, ids_Nk, weights_Nk, matrices, *, num_experts, capacity_factor, experts):
   """No exchange: every expert is here. What all transports must equal."""
   ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
   most = num_experts * capacity
-  return experts.of_tokens(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most=most), dropped
+  return experts.of_tokens(x_ND, ids_Nk, weights_Nk, *matrices, most=most), dropped
 
 
-def ring(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, num_experts, capacity_factor,
-         experts):
+def ring(x_ND, ids_Nk, weights_Nk, matrices, *, axis_name, num_experts, capacity_factor, experts):
   """All tokens to all shards, and the sum of what each shard adds back to the token's own."""
   ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
   x_QD, ids_Qk, weights_Qk = (jax.lax.all_gather(a, axis_name, tiled=True) for a in (x_ND, ids_Nk, weights_Nk))
-  num_local = w_gate_up_ED2F.shape[0]
+  num_local = matrices[0].shape[0]
   ids_Qk, weights_Qk = localise(ids_Qk, weights_Qk, jax.lax.axis_index(axis_name) * num_local, num_local)
   most = num_experts * capacity
-  y_QD = experts.of_tokens(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD, most=most)
+  y_QD = experts.of_tokens(x_QD, ids_Qk, weights_Qk, *matrices, most=most)
   return jax.lax.psum_scatter(y_QD, axis_name, tiled=True), dropped
 
 
-def padded(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, num_experts, capacity_factor,
-           experts):
+def padded(x_ND, ids_Nk, weights_Nk, matrices, *, axis_name, num_experts, capacity_factor, experts):
   """R rows from each shard to each shard, filled or not. R is the worst case, so nothing is lost on the way."""
   N = x_ND.shape[0]
-  num_local, num_shards = w_gate_up_ED2F.shape[0], jax.lax.axis_size(axis_name)
+  num_local, num_shards = matrices[0].shape[0], jax.lax.axis_size(axis_name)
   ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
   visits = plan_visits(ids_Nk, num_experts, num_shards)
 
@@ -220,18 +218,17 @@ def padded(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, n
   weights_Qk = exchange(spread(weights_Nk, token_Q, row_Nv))
   ids_Qk = exchange(jnp.take(ids_Nk, token_Q, axis=0, mode='fill', fill_value=num_experts))
   ids_Qk, weights_Qk = localise(ids_Qk, weights_Qk, jax.lax.axis_index(axis_name) * num_local, num_local)
-  y_QD = experts.of_tokens(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD, most=num_experts * capacity)
+  y_QD = experts.of_tokens(x_QD, ids_Qk, weights_Qk, *matrices, most=num_experts * capacity)
   return collect(exchange(y_QD), token_Q, row_Nv), dropped
 
 
-def ragged(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, num_experts, capacity_factor,
-           experts, journey):
+def ragged(x_ND, ids_Nk, weights_Nk, matrices, *, axis_name, num_experts, capacity_factor, experts, journey):
   """Only the rows that are there travel, packed on the way out and R rows apart, the worst case, where they arrive.
 
   Because the places of arrival are fixed, a shard needs to be told two numbers by each other one: how many rows come,
   and where their answers belong.
   """
-  num_local, num_shards = w_gate_up_ED2F.shape[0], jax.lax.axis_size(axis_name)
+  num_local, num_shards = matrices[0].shape[0], jax.lax.axis_size(axis_name)
   ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
   visits = plan_visits(ids_Nk, num_experts, num_shards)
 
@@ -254,15 +251,14 @@ def ragged(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, n
   weights_Qk = travel(send, arrivals, token_Q.size, spread(weights_Nk, token_Q, row_Nv), there, back)
   ids_Qk = send(spread(ids_Nk, token_Q, row_Nv), arrivals, *there, fill=num_experts)
   ids_Qk, weights_Qk = localise(ids_Qk, weights_Qk, me * num_local, num_local)
-  y_QD = experts.of_tokens(x_QD, ids_Qk, weights_Qk, w_gate_up_ED2F, w_down_EFD, most=num_experts * capacity)
+  y_QD = experts.of_tokens(x_QD, ids_Qk, weights_Qk, *matrices, most=num_experts * capacity)
   y_QD = travel(send, token_Q.size, arrivals, as_tiles(y_QD), back, there)
   return collect(y_QD, token_Q, row_Nv).reshape(x_ND.shape), dropped
 
 
-def direct(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, num_experts, capacity_factor,
-           experts, journey):
+def direct(x_ND, ids_Nk, weights_Nk, matrices, *, axis_name, num_experts, capacity_factor, experts, journey):
   """Every shard is told how many rows each other has for each expert: n * E numbers, from which all places follow."""
-  num_local, num_shards = w_gate_up_ED2F.shape[0], jax.lax.axis_size(axis_name)
+  num_local, num_shards = matrices[0].shape[0], jax.lax.axis_size(axis_name)
   ids_Nk, dropped, capacity = limit(ids_Nk, num_experts, capacity_factor)
   N, k = ids_Nk.shape
   rows, Q = sort_by_expert(ids_Nk, num_experts), N * k
@@ -286,7 +282,7 @@ def direct(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, *, axis_name, n
   x_QD = travel(send, arrivals, Q, spread(as_tiles(x_ND), token_Q, row_Nk), there, back).reshape(arrivals, -1)
   weight_Q1 = spread(weights_Nk.reshape(-1, 1), jnp.where(token_Q < N, rows.source_R, Q), row_Nk.reshape(-1, 1))
   weight_Q1 = travel(send, arrivals, Q, weight_Q1, there, back)
-  y_QD = experts.of_rows(x_QD, weight_Q1, size_sne[:, me].sum(axis=0), w_gate_up_ED2F, w_down_EFD)
+  y_QD = experts.of_rows(x_QD, weight_Q1, size_sne[:, me].sum(axis=0), *matrices)
   y_QD = travel(send, Q, arrivals, as_tiles(y_QD), back, there)
   return collect(y_QD, token_Q, row_Nk).reshape(x_ND.shape), dropped
 
@@ -338,20 +334,21 @@ TRANSPORTS = {'ring': ring, 'ragged': ragged, 'padded': padded, 'direct': direct
 # ---- the layer's door ------------------------------------------------------------------------------------------------
 
 
-def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, mesh, transport, capacity_factor,
+def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_EDF, w_up_EDF, w_down_EFD, *, mesh, transport, capacity_factor,
                     experts, platform=None):
   """Runs routed experts on a mesh of axes replica, fsdp, expert, tensor (all of type Auto).
 
   Rows of the batch are split over (replica, fsdp, expert) and their tokens over context, experts over expert, and F over
-  tensor; a matrix of which each shard has a part of D is gathered on the way in. A mesh of one device calls
+  tensor; a matrix of which each shard has a part of the rows is gathered on the way in. A mesh of one device calls
   `experts.of_tokens` directly.
 
   Args:
     x_BTD: tokens, any floating dtype.
     ids_BTk: int32, distinct experts of each token.
     weights_BTk: float32, factor of each expert's output.
-    w_gate_up_ED2F: [E, D, 2, F], gate first; four axes, so that splitting F keeps each gate with its up.
-    w_down_EFD: [E, F, D].
+    w_gate_EDF, w_up_EDF, w_down_EFD: [E, D, F] twice and [E, F, D]. Gate and up are apart, as the two rows of a stack
+      [D, 2, F] lie in tiles of two by 128 on TPU, and all that touches them takes three times as long (the compiler's
+      estimate), and as splitting F keeps each gate with its up.
     mesh: `jax.sharding.Mesh`; None is one device.
     transport: a name in TRANSPORTS; without effect where mesh.expert is 1.
     capacity_factor: 0 is dropless; otherwise, of each batch shard's N tokens, each expert keeps the first
@@ -365,7 +362,8 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, 
   Raises:
     ConfigError: rows, experts or F do not divide over the mesh.
   """
-  num_experts, _, _, F = w_gate_up_ED2F.shape
+  num_experts, F, _ = w_down_EFD.shape
+  matrices = w_gate_EDF, w_up_EDF, w_down_EFD
   parts = mesh.shape if mesh else dict.fromkeys(AXES, 1)
   batch_shards = math.prod(parts[axis] for axis in BATCH_AXES)
   for what, size, axes, shards in (('rows of the batch', x_BTD.shape[0], 'replica * fsdp * expert', batch_shards),
@@ -383,29 +381,29 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, *, 
       journey = functools.partial(ragged_journey, platform=platform or platform_of(mesh))
       move = functools.partial(move, journey=journey)
 
-  def on_shard(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD):
+  def on_shard(x_BTD, ids_BTk, weights_BTk, *matrices):
     flat = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTk, weights_BTk))
-    y_ND, dropped = move(*flat, w_gate_up_ED2F, w_down_EFD)
+    y_ND, dropped = move(*flat, matrices)
     return y_ND.reshape(x_BTD.shape), dropped
 
   if math.prod(parts.values()) == 1:
-    return on_shard(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD)
+    return on_shard(x_BTD, ids_BTk, weights_BTk, *matrices)
 
   # Matrices are gathered here, so that their gradients are scattered as they are summed: the partitioner would give the
   # whole sum to every chip.
-  up, down = spec_of(GATE_UP_AXES, w_gate_up_ED2F.shape, mesh), spec_of(DOWN_AXES, w_down_EFD.shape, mesh)
+  specs = [spec_of(axes, w.shape, mesh) for axes, w in zip((GATE_AXES, UP_AXES, DOWN_AXES), matrices)]
 
-  def whole(w, dimension, axes):
-    return jax.lax.all_gather(w, axes, axis=dimension, tiled=True) if axes else w
+  def all_rows(w, spec):
+    axes = tuple(axis for axis in jax.tree.leaves(spec[1]) if axis != 'tensor')
+    return jax.lax.all_gather(w, axes, axis=1, tiled=True) if axes else w
 
-  def on_mesh(x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD):
-    y_BTD, dropped = on_shard(
-        x_BTD, ids_BTk, weights_BTk, whole(w_gate_up_ED2F, 1, up[1]), whole(w_down_EFD, 2, down[2]))
+  def on_mesh(x_BTD, ids_BTk, weights_BTk, *matrices):
+    y_BTD, dropped = on_shard(x_BTD, ids_BTk, weights_BTk, *map(all_rows, matrices, specs))
     return y_BTD[None], jax.lax.pmean(dropped, (*BATCH_AXES, 'context'))
 
   batch = batch_spec()
   # Without varying axes a psum over tensor inside would pay an all-reduce in the backward pass too. Stacking the partial
   # sums and adding them outside costs one, in the forward pass.
-  y_XBTD, dropped = on_shards(on_mesh, mesh, (batch, batch, batch, up, down), (P('tensor', *batch), P()))(
-      x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD)
+  y_XBTD, dropped = on_shards(on_mesh, mesh, (batch, batch, batch, *specs), (P('tensor', *batch), P()))(
+      x_BTD, ids_BTk, weights_BTk, *matrices)
   return jax.lax.reduce_sum(y_XBTD, (0,)), dropped

@@ -12,7 +12,7 @@ from mmx.config import Layer, ModelConfig, num_layers
 from mmx.layers.block import remat_block
 from mmx.layers.context import Context
 from mmx.layers.norm import Norm
-from mmx.sharding import fan_in_normal, param
+from mmx.sharding import cast, fan_in_normal, param
 
 
 class MTPModule(nn.Module):
@@ -28,7 +28,7 @@ class MTPModule(nn.Module):
     normed = lambda name, x: Norm(m.norm, m.norm_eps, name=name)(x)
     w = param(self, 'w_project', (2 * D, D), ('embed', 'norm'), fan_in_normal(2 * D))
     parts = normed('embedding_norm', embedded_BTD), normed('hidden_norm', hidden_BTD)
-    x_BTD = jnp.concatenate(parts, axis=-1) @ w.astype(hidden_BTD.dtype)
+    x_BTD = jnp.concatenate(parts, axis=-1) @ cast(w, hidden_BTD.dtype)
     block = remat_block(m)(self.layer, m, self.mesh, name='block')
     x_BTD, _, aux = block(x_BTD, context, jnp.int32(num_layers(m.pattern) - 1), None)
     return x_BTD, normed('final_norm', x_BTD), aux

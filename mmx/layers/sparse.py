@@ -19,7 +19,7 @@ from mmx.kernels_pallas import api
 from mmx.layers import attention, context_parallel
 from mmx.layers.context import Context
 from mmx.layers.norm import norm
-from mmx.sharding import fan_in_normal, param
+from mmx.sharding import cast, fan_in_normal, param
 
 
 @struct.dataclass
@@ -68,8 +68,8 @@ class SparseAttention(nn.Module):
     w_q = param(self, 'w_index_q', (D, K, Di), ('embed', 'kv_heads', 'head_dim'), fan_in_normal(D))
     key_init = attention.key_init(m.attention.qk_init, D, lambda: w_q[:, 0])
     w_k = param(self, 'w_index_k', (D, Di), ('embed', 'head_dim'), key_init)
-    q_BTKDi = jnp.einsum('btd,dki->btki', x_BTD, w_q.astype(x_BTD.dtype))
-    k_BT1Di = (keys_x_BTD @ w_k.astype(x_BTD.dtype))[:, :, None]
+    q_BTKDi = jnp.einsum('btd,dki->btki', x_BTD, cast(w_q, x_BTD.dtype))
+    k_BT1Di = (keys_x_BTD @ cast(w_k, x_BTD.dtype))[:, :, None]
     if c.index_norm == 'per_head':
       q_BTKDi = norm(self, 'index_q_norm', m.norm, q_BTKDi, m.norm_eps)
       k_BT1Di = norm(self, 'index_k_norm', m.norm, k_BT1Di, m.norm_eps)

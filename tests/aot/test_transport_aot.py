@@ -30,19 +30,20 @@ def test_rows_are_neither_laid_out_anew_nor_zeroed_before_they_travel(name, tran
   tokens = 'batch', 'length', None
   floats = (
       array((B, T, D), jnp.bfloat16, *tokens), array((B, T, K), jnp.float32, *tokens),
-      array((E, D, 2, F), jnp.bfloat16, *moe_transport.GATE_UP_AXES),
+      array((E, D, F), jnp.bfloat16, *moe_transport.GATE_AXES),
+      array((E, D, F), jnp.bfloat16, *moe_transport.UP_AXES),
       array((E, F, D), jnp.bfloat16, *moe_transport.DOWN_AXES),
   )  # fmt: skip
 
-  def total(x_BTD, weights_BTk, w_gate_up_ED2F, w_down_EFD, ids_BTk):
+  def total(x_BTD, weights_BTk, w_gate_EDF, w_up_EDF, w_down_EFD, ids_BTk):
     y_BTD, _ = expert_parallel(
-        x_BTD, ids_BTk, weights_BTk, w_gate_up_ED2F, w_down_EFD, mesh=mesh, transport=transport, capacity_factor=1.5,
-        experts=experts,
+        x_BTD, ids_BTk, weights_BTk, w_gate_EDF, w_up_EDF, w_down_EFD, mesh=mesh, transport=transport,
+        capacity_factor=1.5, experts=experts,
     )
     return jnp.sum(y_BTD.astype(jnp.float32) ** 2)
 
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    traced = jax.jit(jax.grad(total, range(4))).trace(*floats, array((B, T, K), jnp.int32, *tokens))
+    traced = jax.jit(jax.grad(total, range(5))).trace(*floats, array((B, T, K), jnp.int32, *tokens))
     text = traced.lower(lowering_platforms=('tpu',)).compile().as_text()
   computations, entry = hlo.parse(text)
   every = {i.name: i for name in hlo.runs(computations, entry) for i in computations[name]}

@@ -66,12 +66,12 @@ def test_gate_is_w1_and_up_is_w3(name, expert, shared):
   theirs, ours = theirs_of(name, 0 if name == 'm2' else 1)
   path, row = ('params/segment_0/layer_0/ffn/', 1) if name == 'm2' else ('params/segment_1/layer_0/ffn/', 0)
   for d, f in itertools.product(range(10), range(8)):
-    assert theirs[f'{expert}w1.weight'][f, d] == ours[f'{path}w_gate_up'][row, 2, d, 0, f]
-    assert theirs[f'{expert}w3.weight'][f, d] == ours[f'{path}w_gate_up'][row, 2, d, 1, f]
+    assert theirs[f'{expert}w1.weight'][f, d] == ours[f'{path}w_gate'][row, 2, d, f]
+    assert theirs[f'{expert}w3.weight'][f, d] == ours[f'{path}w_up'][row, 2, d, f]
     assert theirs[f'{expert}w2.weight'][d, f] == ours[f'{path}w_down'][row, 2, f, d]
     if shared and f < 6:
-      assert theirs[f'{shared}gate_proj.weight'][f, d] == ours[f'{path}shared/w_gate_up'][row, d, 0, f]
-      assert theirs[f'{shared}up_proj.weight'][f, d] == ours[f'{path}shared/w_gate_up'][row, d, 1, f]
+      assert theirs[f'{shared}gate_proj.weight'][f, d] == ours[f'{path}shared/w_gate'][row, d, f]
+      assert theirs[f'{shared}up_proj.weight'][f, d] == ours[f'{path}shared/w_up'][row, d, f]
       assert theirs[f'{shared}down_proj.weight'][d, f] == ours[f'{path}shared/w_down'][row, f, d]
 
 

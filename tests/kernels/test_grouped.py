@@ -16,14 +16,14 @@ FORMS = {
 }
 
 
-def slow_experts(x, ids, weights, w_gate_up, w_down):
+def slow_experts(x, ids, weights, w_gate, w_up, w_down):
   """An independent loop over assignments in float64."""
   y = np.zeros(x.shape)
   for n in range(ids.shape[0]):
     for expert, weight in zip(ids[n], weights[n]):
       if expert == w_down.shape[0]:
         continue
-      gate, up = (x[n].astype(np.float64) @ w_gate_up[expert, :, i] for i in (0, 1))
+      gate, up = (x[n].astype(np.float64) @ w[expert] for w in (w_gate, w_up))
       y[n] += weight * ((gate / (1 + np.exp(-gate)) * up) @ w_down[expert])
   return y
 
@@ -41,7 +41,7 @@ def inputs(loads, N, k, E, D=128, F=128, seed=0, dtype=jnp.float32):
     ids[rng.random(ids.shape) < 0.6] = E
   weights = rng.random((N, k)).astype(np.float32)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.1, dtype)
-  return normal(N, D) * 10, jnp.asarray(ids), jnp.asarray(weights), normal(E, D, 2, F), normal(E, F, D)
+  return normal(N, D) * 10, jnp.asarray(ids), jnp.asarray(weights), *(normal(*s) for s in ((E, D, F), (E, D, F), (E, F, D)))
 
 
 @pytest.mark.parametrize('loads', ['uneven', 'elsewhere'])
@@ -53,16 +53,16 @@ def test_oracle_equals_slow_loop(loads):
 LOADS = [('uneven', 333, 2, 5), ('hot', 150, 1, 4), ('empty', 130, 3, 8), ('elsewhere', 201, 4, 6)]
 
 
-def values_and_gradients(function, x, ids, weights, w_gate_up, w_down):
-  """(y, gradients by x, weights, w_gate_up and w_down) under a fixed random cotangent."""
+def values_and_gradients(function, x, ids, weights, *matrices):
+  """(y, gradients by x, weights, w_gate, w_up and w_down) under a fixed random cotangent."""
   target = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
 
-  def scalar(x, weights, w_gate_up, w_down):
-    y = function(x, ids, weights, w_gate_up, w_down)
+  def scalar(x, weights, *matrices):
+    y = function(x, ids, weights, *matrices)
     return jnp.sum(y.astype(jnp.float32) * target), y
 
-  gradient = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2, 3), has_aux=True))
-  (_, y), gradients = gradient(x, weights, w_gate_up, w_down)
+  gradient = jax.jit(jax.value_and_grad(scalar, argnums=range(5), has_aux=True))
+  (_, y), gradients = gradient(x, weights, *matrices)
   return y, *gradients
 
 
@@ -72,7 +72,7 @@ def assert_equals_oracle(function, arguments, tolerance):
   x, ids, *others = arguments
   x, *others = (array.astype(jnp.float32) for array in (x, *others))
   expected = values_and_gradients(reference.experts, x, ids, *others)
-  for name, array, wanted in zip(('y', 'x', 'weights', 'w_gate_up', 'w_down'), found, expected):
+  for name, array, wanted in zip(('y', 'x', 'weights', 'w_gate', 'w_up', 'w_down'), found, expected, strict=True):
     # Where an assignment is not here its weight has no effect; the oracle's one-hot says the same: exactly zero.
     limit = tolerance * float(jnp.abs(wanted).max())
     np.testing.assert_allclose(array.astype(jnp.float32), wanted, rtol=10 * tolerance, atol=limit, err_msg=name)
@@ -88,8 +88,8 @@ def test_form_equals_oracle_in_values_and_gradients(form, loads, N, k, E):
 def test_form_works_in_bfloat16(form):
   arguments = inputs('uneven', 200, 2, 4, dtype=jnp.bfloat16)
   assert_equals_oracle(FORMS[form], arguments, 0.02)
-  y, dx, _, dw_gate_up, dw_down = values_and_gradients(FORMS[form], *arguments)
-  assert {array.dtype for array in (y, dx, dw_gate_up, dw_down)} == {jnp.dtype(jnp.bfloat16)}
+  y, dx, _, *dmatrices = values_and_gradients(FORMS[form], *arguments)
+  assert {array.dtype for array in (y, dx, *dmatrices)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_a_nan_in_a_row_of_no_expert_here_reaches_no_output():
@@ -111,9 +111,9 @@ def test_rows_for_no_more_than_are_here_give_the_same(form, spare):
 
 
 def test_no_assignment_here_is_exactly_zero():
-  x, ids, weights, w_gate_up, w_down = inputs('uneven', 40, 2, 4)
+  x, ids, *others = inputs('uneven', 40, 2, 4)
   for form in FORMS.values():
-    y = form(x, jnp.full_like(ids, 4), weights, w_gate_up, w_down)
+    y = form(x, jnp.full_like(ids, 4), *others)
     np.testing.assert_array_equal(y, 0)
 
 
@@ -143,6 +143,6 @@ def test_named_implementation_never_falls_back():
 def test_auto_choice_lowers_for_accelerators_on_a_cpu_host(platform):
   args = inputs('uneven', 256, 2, 4)
   function = functools.partial(api.experts, implementation='auto', platform={'cuda': 'gpu'}.get(platform, platform))
-  gradient = jax.grad(lambda x, i, w, a, b: jnp.sum(function(x, i, w, a, b)), argnums=(0, 2, 3, 4))
+  gradient = jax.grad(lambda *args: jnp.sum(function(*args)), argnums=(0, 2, 3, 4, 5))
   text = jax.jit(gradient).trace(*args).lower(lowering_platforms=(platform,)).as_text()
   assert ('tpu_custom_call' in text) == (platform == 'tpu')

@@ -32,18 +32,18 @@ def build_mesh(replica=1, fsdp=1, expert=1, tensor=1, context=1):
   return sharding.build_mesh(sizes, jax.devices()[: replica * fsdp * expert * tensor * context])
 
 
-def dense_experts(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most=0):
+def dense_experts(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, most=0):
   """Every expert on every token; an id past the last expert finds none."""
   here_NkE = jax.nn.one_hot(ids_Nk, w_down_EFD.shape[0], dtype=jnp.bool_)
   weights_NE = jnp.where(here_NkE, weights_Nk[:, :, None], 0).sum(axis=1)
-  hidden_NE2F = jnp.einsum('nd,edcf->necf', x_ND, w_gate_up_ED2F)
-  hidden_NEF = jax.nn.silu(hidden_NE2F[:, :, 0]) * hidden_NE2F[:, :, 1]
+  gate_NEF, up_NEF = (jnp.einsum('nd,edf->nef', x_ND, w_EDF) for w_EDF in (w_gate_EDF, w_up_EDF))
+  hidden_NEF = jax.nn.silu(gate_NEF) * up_NEF
   return jnp.einsum('nef,efd,ne->nd', hidden_NEF, w_down_EFD, weights_NE.astype(x_ND.dtype))
 
 
-def dense_rows(x_QD, weight_Q1, group_sizes_E, w_gate_up_ED2F, w_down_EFD):
+def dense_rows(x_QD, weight_Q1, group_sizes_E, *matrices):
   ids_Q1 = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(x_QD.shape[0]), side='right')[:, None]
-  return dense_experts(x_QD, ids_Q1, weight_Q1, w_gate_up_ED2F, w_down_EFD)
+  return dense_experts(x_QD, ids_Q1, weight_Q1, *matrices)
 
 
 DENSE = Experts(dense_experts, dense_rows)
@@ -61,14 +61,15 @@ def draw_ids(load, k, seed=0):
 
 
 def draw(k, dtype=jnp.float32, load='uneven', D=D, F=F):
-  """(x, ids, weights, w_gate_up, w_down), and the cotangent of y."""
+  """(x, ids, weights, w_gate, w_up, w_down), and the cotangent of y."""
   rng = np.random.default_rng(1)
 
   def array(*shape):
     return jnp.asarray(rng.normal(size=shape), dtype)
 
   weights_BTk = jnp.asarray(rng.uniform(.1, 1, (B, T, k)), jnp.float32)
-  return (array(B, T, D), draw_ids(load, k), weights_BTk, array(E, D, 2, F), array(E, F, D)), array(B, T, D)
+  matrices = array(E, D, F), array(E, D, F), array(E, F, D)
+  return (array(B, T, D), draw_ids(load, k), weights_BTk, *matrices), array(B, T, D)
 
 
 def single_device(x_BTD, ids_BTk, weights_BTk, *matrices):
@@ -83,11 +84,11 @@ def oracle(args, dy_BTD):
 
 def value_and_grads(function, args, dy_BTD):
   """(y, dropped, {name: gradient}) of sum(y * dy)."""
-  def loss(x, weights, w_gate_up, w_down):
-    y, dropped = function(x, args[1], weights, w_gate_up, w_down)
+  def loss(x, weights, *matrices):
+    y, dropped = function(x, args[1], weights, *matrices)
     return (y * dy_BTD).astype(jnp.float32).sum(), (y, dropped)
-  grads, (y, dropped) = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(args[0], *args[2:])
-  return y, dropped, dict(zip(('x', 'weights', 'w_gate_up', 'w_down'), grads))
+  grads, (y, dropped) = jax.grad(loss, argnums=range(5), has_aux=True)(args[0], *args[2:])
+  return y, dropped, dict(zip(('x', 'weights', 'w_gate', 'w_up', 'w_down'), grads, strict=True))
 
 
 def quick_jit(function):
@@ -180,9 +181,9 @@ def test_under_a_capacity_no_more_rows_than_fit_are_kept_for_the_experts_and_non
   args, dy = draw(k=3, load='one_shard')
   kept = []
 
-  def bounded(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most):
+  def bounded(x_ND, ids_Nk, weights_Nk, *matrices, most):
     kept.append((most, ids_Nk.size))
-    return grouped.experts_loop(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, 'swiglu', most)
+    return grouped.experts_loop(x_ND, ids_Nk, weights_Nk, *matrices, 'swiglu', most)
 
   capacity_factor, mesh = 0.5, MESHES['fsdp2_expert4']
   got = parallel(mesh, transport, capacity_factor, experts=Experts(bounded, LOOP.of_rows))(args, dy)
@@ -228,9 +229,9 @@ def test_gradients_of_matrices_are_scattered_as_they_are_summed():
   mesh = build_mesh(expert=2, fsdp=2)
   args, dy = draw(k=3)
   text = parallel((1, 2, 2, 1), 'ring').lower(args, dy).compile().as_text()
-  matrix = D // mesh.shape['fsdp']
-  assert len(re.findall(rf'= f32\[{E // 2},({matrix},2,{F}|{F},{matrix})\]\S* reduce-scatter', text)) == 2
-  assert not re.search(rf'= f32\[{E // 2},({D},2,{F}|{F},{D})\]\S* all-reduce', text)
+  shards = mesh.shape['fsdp']
+  assert len(re.findall(rf'= f32\[{E // 2},({D // shards},{F}|{F // shards},{D})\]\S* reduce-scatter', text)) == 3
+  assert not re.search(rf'= f32\[{E // 2},({D},{F}|{F},{D})\]\S* all-reduce', text)
 
 
 def test_without_expert_axis_experts_stay_where_they_are():
@@ -246,7 +247,7 @@ def test_bfloat16_rounds_like_single_device(transport):
   got = parallel((1, 2, 2, 2), transport)(args, dy)
   assert got[0].dtype == jnp.bfloat16 and got[2]['w_down'].dtype == jnp.bfloat16
   assert got[2]['weights'].dtype == jnp.float32
-  assert_close(got, exact, 3e-2)
+  assert_close(got, exact, 4e-2)
 
 
 @pytest.mark.parametrize('transport', TRANSPORTS)
@@ -327,10 +328,10 @@ def test_each_token_visits_each_shard_once(num_shards, k):
 
 @pytest.mark.parametrize('transport', TRANSPORTS)
 def test_empty_rows_cost_the_experts_nothing(transport):
-  def count(x_ND, ids_Nk, weights_Nk, w_gate_up_ED2F, w_down_EFD, most):
-    return jnp.full(x_ND.shape, (ids_Nk < w_down_EFD.shape[0]).sum(), x_ND.dtype)
+  def count(x_ND, ids_Nk, weights_Nk, *matrices, most):
+    return jnp.full(x_ND.shape, (ids_Nk < matrices[0].shape[0]).sum(), x_ND.dtype)
 
-  def count_rows(x_QD, weight_Q1, group_sizes_E, w_gate_up_ED2F, w_down_EFD):
+  def count_rows(x_QD, weight_Q1, group_sizes_E, *matrices):
     return jnp.full(x_QD.shape, group_sizes_E.sum(), x_QD.dtype)
 
   x, ids, weights, *matrices = draw(k=3, load='half_empty')[0]
