@@ -8,7 +8,7 @@ Metric: held-out loss after equal tokens, paired by seed. The published comparis
 
 Source: M2 report (arXiv:2605.26494), section 2.2.1, table 1: 2B active, 17.8B total, 500B tokens, one run each.
 
-Cost of all seeds: `cpu` took 9.3 minutes on two cores; `h200` is sized for 25 on one H200 and
+Cost of all seeds: `cpu` took 7 to 9 minutes on two cores; `h200` is sized for 25 on one H200 and
 `v5p_64`, the published size, for 24 days on 64 TPU v5p chips: both computed, not yet run.
 """
 

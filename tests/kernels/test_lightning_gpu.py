@@ -33,7 +33,9 @@ def values_and_gradients(function, q, k, v, slopes, segments, state):
   return *outputs, *gradients, dstate
 
 
-@pytest.mark.parametrize('T, chunk, H, Dh', [(300, 64, 1, 128), (200, 128, 2, 64)])
+@pytest.mark.parametrize('T, chunk, H, Dh', [
+    (300, 64, 1, 128), pytest.param(200, 128, 2, 64, marks=pytest.mark.slow),  # 10 s each
+])
 def test_kernel_equals_recurrent_in_values_and_gradients(T, chunk, H, Dh):
   q, k, v, slopes, segments, state = inputs(2, T, H, Dh)
   found = values_and_gradients(functools.partial(run, chunk=chunk), q, k, v, slopes, segments, state)

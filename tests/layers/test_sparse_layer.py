@@ -231,6 +231,7 @@ def test_decode_equals_prefill_equals_train(top_k, chunks):
   assert not padding.any(), 'padding attends to nothing'
 
 
+@pytest.mark.slow  # 13 s
 def test_a_mesh_serves_as_one_device_does():
   """Each device keeps the keys of its own rows and heads; the index keys of a row are on all that share it."""
   config = model(top_k=2)
