@@ -77,6 +77,8 @@ def get_config(scale):
         'optim.learning_rate': 2e-4, 'optim.warmup_steps': 2000, 'train.loss_chunk': 65536, 'train.log_every': 20,
         'train.histogram_every': 500, 'train.checkpoint_every': 500, 'eval.every': 2000, 'eval.batches': 4,
     }
+  if scale == 'h200_32':  # 'auto' takes no kernels of one generation of GPUs; its own form would take ten times as long
+    recipe |= {'model.moe.implementation': 'hopper'}
   return stage(config.override(base, recipe), LAYOUTS[scale], '8k')
 
 

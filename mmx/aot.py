@@ -68,6 +68,9 @@ def run(options) -> None:
   if options.json:
     with open(options.json, 'w') as out:
       json.dump(record(proof), out, indent=1)
+  if proof.peak > proof.memory:  # compilers for GPUs do not refuse
+    needed = f'{proof.peak / GIB:.1f} GiB at once, a chip has {proof.memory / GIB:.1f}'
+    sys.exit(f'error: --topology={options.topology}: {needed}\n{advice(experiment)}')
 
 
 def find(experiment: config.Experiment, name: str, mode: str) -> Proof:

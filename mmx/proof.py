@@ -98,7 +98,9 @@ def prove(experiment: config.Experiment, name: str, mode: str = 'train') -> Proo
   count = flops.count_parameters(experiment.model)
   tokens = tokens_of(experiment, mode)
   model_flops, between_tokens = needed_flops(experiment, mode)
-  work = executed(hlo.work(computations, times), fill(experiment, mesh, tokens), between_tokens / chips)
+  work = executed(
+      hlo.work(computations, times), fill(experiment, mesh, tokens), between_tokens / chips, model_flops / chips
+  )
   executed_flops, traffic = sum(w.flops for w in work), sum(w.bytes for w in work)
   collectives = hlo.collectives(computations, times)
   peak_flops = flops.peak_flops(devices[0], experiment.model.compute_dtype)
@@ -207,10 +209,13 @@ def fill(experiment: config.Experiment, mesh, tokens) -> float:
   return min(1.0, N * moe.top_k / kept)
 
 
-def executed(work: list[hlo.Work], fill, mixing_flops) -> list[hlo.Work]:
+def executed(work: list[hlo.Work], fill, mixing_flops, model_flops) -> list[hlo.Work]:
   """`work` with the FLOPs that kernels do: those of experts state full buffers, of which `fill` is full where loads are
-  even; those of attention state none and share `mixing_flops`."""
+  even; those of attention state none and share `mixing_flops`, and on GPU, where none states any, all share at least
+  what is left of `model_flops`."""
   silent = sum(w.kernel and not w.flops for w in work)
+  stated = sum(w.flops * (fill if w.kernel else 1) for w in work)
+  mixing_flops = max(mixing_flops, model_flops - stated)
 
   def true(w):
     if not w.kernel:

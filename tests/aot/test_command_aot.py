@@ -1,5 +1,6 @@
 """`python -m mmx.aot` on small models and real slices."""
 
+import dataclasses
 import json
 import math
 import re
@@ -33,6 +34,16 @@ def test_a_small_model_on_four_chips_is_proved_and_recorded(file, tmp_path, caps
   assert {'all-gather', 'all-reduce'} <= set(kinds)
   assert any(c['count'] >= 3 for c in found['collectives'])  # once a layer
   assert 0 < found['utilisation']['most'] <= found['utilisation']['least'] <= 1
+
+
+def test_what_needs_more_than_a_chip_has_is_told_and_refused_whatever_the_compiler_says(file, monkeypatch, capsys):
+  prove = aot.prove
+  monkeypatch.setattr(aot, 'prove', lambda *args: dataclasses.replace(prove(*args), memory=2**20))
+  with pytest.raises(SystemExit) as stopped:
+    aot.main([f'--config={file}', '--topology=v5e:2x2'])
+  first, *ways = str(stopped.value.code).splitlines()
+  assert re.fullmatch(r'error: --topology=v5e:2x2: [\d.]+ GiB at once, a chip has 0.0', first) and ways
+  assert 'predicted' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('mode, tokens', [('prefill', 8 * 256), ('decode', 8)])
