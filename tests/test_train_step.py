@@ -42,7 +42,7 @@ MESHES = {
 }
 
 
-SLOW = 'replica8', 'fsdp2 tensor2 replica2', 'expert8 padded'  # 10 to 15 s each; the others have the same axes among theirs
+SLOW = 'replica8', 'fsdp2 tensor2 replica2', 'expert8 padded'  # 10 to 15 s each; others have their axes too
 
 
 @pytest.mark.parametrize('mesh, large', [

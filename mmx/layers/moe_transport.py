@@ -109,7 +109,7 @@ def rows_kept(N, k, num_experts, num_shards, capacity):
 def as_tiles(x_ND):
   """[N, D] -> [N, D / 128, 128]: on TPU each row in tiles of its own, so that it is fetched and sent as it lies. A row
   of a matrix shares its tiles with seven others or more, and the compiler would lay all of them out anew on the way out,
-  in tiles of two by 128, whose handling takes three to seven times the time (its own estimate on v5p)."""
+  in tiles of two by 128, which take about three times as long to pass over (its own estimate on v5p)."""
   D = x_ND.shape[1]
   return x_ND.reshape(x_ND.shape[0], -1, LANES if D % LANES == 0 else D)
 

@@ -41,7 +41,8 @@ def inputs(loads, N, k, E, D=128, F=128, seed=0, dtype=jnp.float32):
     ids[rng.random(ids.shape) < 0.6] = E
   weights = rng.random((N, k)).astype(np.float32)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.1, dtype)
-  return normal(N, D) * 10, jnp.asarray(ids), jnp.asarray(weights), *(normal(*s) for s in ((E, D, F), (E, D, F), (E, F, D)))
+  matrices = normal(E, D, F), normal(E, D, F), normal(E, F, D)
+  return normal(N, D) * 10, jnp.asarray(ids), jnp.asarray(weights), *matrices
 
 
 @pytest.mark.parametrize('loads', ['uneven', 'elsewhere'])
