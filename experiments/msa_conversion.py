@@ -45,8 +45,7 @@ def get_config(scale):
 
 
 def arms(base):
-  layers, steps = config.num_layers(base.model.pattern), base.train.steps
-  sparse = {'model.pattern': f'msa*{layers}'}
+  steps, sparse = base.train.steps, {'model.pattern': base.model.pattern.replace('full', 'msa')}
   begun = steps * 7 // 10
   rest = steps - begun
   return {

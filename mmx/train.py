@@ -211,7 +211,7 @@ class Programs:
 
   @functools.cached_property
   def train_step(self):
-    return self._lowered.compile()
+    return self._settled(self._lowered.compile())
 
   @functools.cached_property
   def eval_step(self):
@@ -221,7 +221,12 @@ class Programs:
 
     step = train_step.make_eval_step(self.experiment, self.mesh)
     batch = train_step.abstract_batch(self.experiment, self.mesh)
-    return jax.jit(step).lower(self.state.params, self.state.router, batch).compile()
+    return self._settled(jax.jit(step).lower(self.state.params, self.state.router, batch).compile())
+
+  def _settled(self, compiled):
+    if self.mesh.devices.flat[0].platform == 'cpu':  # its programs take their memory from the process's heap
+      host.leave_holes()
+    return compiled
 
 
 class Data(NamedTuple):

@@ -1,5 +1,7 @@
 """Invariants of the decoder, through `Decoder.apply`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +22,26 @@ from mmx.model import Decoder, init_variables
 from mmx.train_step import loss_terms
 
 
+@functools.cache
+def made(model, seed):
+  return jax.jit(lambda rng: init_variables(model, None, rng))(jax.random.key(seed))
+
+
 def variables(model, seed=0):
-  return randomised(init_variables(model, None, jax.random.key(seed)), seed + 1)
+  return randomised(made(model, seed), seed + 1)
+
+
+@functools.cache  # compiled once for all tests of this file
+def decoder(model):
+  return jax.jit(Decoder(model).apply)
+
+
+def outputs(model, tree, batch):
+  return decoder(model)(tree, batch['tokens'], batch['positions'], batch['segment_ids'])
 
 
 def hidden(model, tree, batch):
-  return Decoder(model).apply(tree, batch['tokens'], batch['positions'], batch['segment_ids']).hidden
+  return outputs(model, tree, batch).hidden
 
 
 LONG = pytest.mark.slow  # compile for 10 to 30 s each; what stays beside them has their parts
@@ -49,7 +65,7 @@ def test_no_gradient_flows_from_the_future(qk_norm):
     params = tree['params'] | {'embedding': tree['params']['embedding'] | {'table': table}}
     return jnp.sum(hidden(model, {'params': params, 'router': tree['router']}, batch)[0, 10])
 
-  gradient = jnp.abs(jax.grad(at_position)(table)).sum(axis=-1)
+  gradient = jnp.abs(jax.jit(jax.grad(at_position))(table)).sum(axis=-1)
   assert float(gradient[11:].max()) == 0 and float(gradient[:11].min()) > 0
 
 
@@ -72,9 +88,14 @@ def test_a_packed_document_equals_itself_alone():
   close(hidden(model, tree, alone), hidden(model, tree, batch)[:1, row])
 
 
+@functools.cache
+def loss_and_gradients(experiment):
+  loss = lambda params, router, batch: loss_terms(experiment, None, params, router, batch, 0.3, jnp.float32(100))[0]
+  return jax.jit(jax.value_and_grad(loss))
+
+
 def gradients(experiment, tree, batch):
-  function = lambda params: loss_terms(experiment, None, params, tree['router'], batch, 0.3, jnp.float32(100))[0]
-  return jax.jit(jax.value_and_grad(function))(tree['params'])
+  return loss_and_gradients(experiment)(tree['params'], tree['router'], batch)
 
 
 FEW = {
@@ -162,7 +183,7 @@ def test_bias_selects_but_never_weighs_and_gets_no_gradient():
       hidden(experiment.model, tree, batch), hidden(experiment.model, shifted, batch), atol=1e-6
   )
   function = lambda router: loss_terms(experiment, None, tree['params'], router, batch, 0.3, jnp.float32(100))[0]
-  assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(jax.grad(function)(tree['router'])))
+  assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(jax.jit(jax.grad(function))(tree['router'])))
 
 
 def test_bias_update_evens_the_load():
@@ -204,15 +225,16 @@ def test_mtp_module_predicts_one_token_further():
   tree, batch = variables(experiment.model), tiny.batch()
   batch['segment_ids'] = jnp.ones_like(batch['segment_ids'])
   batch['loss_mask'] = jnp.ones_like(batch['loss_mask'])
-  out = Decoder(experiment.model).apply(tree, batch['tokens'], batch['positions'], batch['segment_ids'])
+  out = outputs(experiment.model, tree, batch)
   logits = jax.nn.log_softmax(out.mtp[0] @ out.head)
   T = batch['tokens'].shape[1]
   wanted = -jnp.take_along_axis(logits[:, : T - 1], batch['targets'][:, 1:, None], axis=-1).sum() / 100
-  _, (metrics, _) = loss_terms(experiment, None, tree['params'], tree['router'], batch, 0.3, jnp.float32(100))
+  terms = jax.jit(lambda tree: loss_terms(experiment, None, tree['params'], tree['router'], batch, 0.3, jnp.float32(100)))
+  _, (metrics, _) = terms(tree)
   np.testing.assert_allclose(metrics['mtp_loss_1'], wanted, rtol=1e-5)
   # Module 1 at position p has seen token p + 1 and nothing later.
   later = batch | {'tokens': batch['tokens'].at[:, 12].add(1) % 61}
-  moved = Decoder(experiment.model).apply(tree, later['tokens'], later['positions'], later['segment_ids']).mtp
+  moved = outputs(experiment.model, tree, later).mtp
   change = [jnp.abs(a - b).max(axis=(0, 2)) for a, b in zip(out.mtp, moved)]
   assert float(change[0][:11].max()) == 0 and float(change[0][11]) > 0
   assert float(change[1][:10].max()) == 0 and float(change[1][10]) > 0

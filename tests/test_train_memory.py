@@ -1,11 +1,12 @@
-"""What training asks of glibc's heap, in a process of its own."""
+"""What training asks of glibc's heap, in processes of their own."""
 
 import subprocess
 import sys
 
 import pytest
 
-PROGRAM = r"""
+LINUX = pytest.mark.skipif(not sys.platform.startswith('linux'), reason="glibc's heap and /proc are Linux's")
+KEPT = r"""
 import ctypes, re, resource
 from mmx import host
 
@@ -30,8 +31,34 @@ print(faults, 'hg' in flags)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason="glibc's heap and /proc are Linux's")
+HOLES = r"""
+import ctypes, random
+from mmx import host
+
+libc = ctypes.CDLL(None)
+host.keep_memory(libc)
+sizes = [random.Random(i).randrange(200, 200_000) for i in range(20_000)]
+blocks = [libc.malloc(size) for size in sizes]
+for hole in blocks[::2]:
+  libc.free(hole)
+host.leave_holes()
+print(max(blocks), *(libc.malloc(size) for size in sizes[::100]))
+"""
+
+
+def run(program):
+  said = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True).stdout
+  return said.split()
+
+
+@LINUX
 def test_what_a_step_frees_is_kept_in_pages_that_may_be_huge():
-  said = subprocess.run([sys.executable, '-c', PROGRAM], capture_output=True, text=True, check=True).stdout.split()
-  assert int(said[0]) < 100, 'page faults of 128 MiB used a second time; 32,768 pages would be new'
-  assert said[1] == 'True'
+  faults, huge = run(KEPT)
+  assert int(faults) < 100, 'page faults of 128 MiB used a second time; 32,768 pages would be new'
+  assert huge == 'True'
+
+
+@LINUX
+def test_holes_that_a_compilation_left_serve_no_step():
+  last, *served = map(int, run(HOLES))
+  assert len(served) == 200 and min(served) > last

@@ -18,10 +18,16 @@ TOLERANCE = 0.2
 
 
 @pytest.fixture(scope='module')
-def converted(place, here):  # noqa: F811
+def trunk(place, here):  # noqa: F811
   (place / 'conversion.py').write_text(CONVERSION)
-  assert here('--workdir=converted', '--seeds=0', file='conversion.py') is None
+  assert here('--workdir=converted', '--seeds=0', '--arm=trunk', file='conversion.py') is None
   return place / 'converted'
+
+
+@pytest.fixture(scope='module')
+def converted(trunk, here):  # noqa: F811
+  assert here('--workdir=converted', '--seeds=0', file='conversion.py') is None
+  return trunk
 
 
 @pytest.mark.slow
@@ -59,13 +65,13 @@ def test_a_converted_run_is_warmed_up_learns_its_index_and_tells_of_it(converted
   assert config.load(converted / 'sparse/seed0/config.gin').data.seed == 100  # seed 0: other documents than trunk's
 
 
-def test_what_cannot_be_started_from_is_told_before_anything_runs(converted, place, here):  # noqa: F811
+def test_what_cannot_be_started_from_is_told_before_anything_runs(trunk, place, here):  # noqa: F811
   refused = lambda *arguments: here('--workdir=unstarted', '--seeds=0', *arguments, file='conversion.py')
   assert "init_from = 'trunk': arm trunk has not run at seed 0 in this workdir; run it first" in refused('--arm=sparse')
   said = refused('--arm=trunk', *settings(train__init_from='nowhere'))
   assert "init_from = 'nowhere': no run folder there (config.gin is missing), and no arm of that name" in said
   assert not (place / 'unstarted').exists()
-  other = refused('--arm=trunk', *settings(train__init_from=str(converted / 'trunk/seed0'), model__d_model=48))
+  other = refused('--arm=trunk', *settings(train__init_from=str(trunk / 'trunk/seed0'), model__d_model=48))
   assert 'has another model: params/' in other
 
 

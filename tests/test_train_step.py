@@ -1,5 +1,7 @@
 """Invariants of the training step, through `make_train_step`, on one device and on eight."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +13,17 @@ from mmx import distributed, optimizer, sharding, train_step
 from mmx.model import Decoder
 
 
+@functools.cache  # compiled once for all tests of this file
+def begun(experiment, large):
+  """Mesh, first state and step where arrays of `large` elements are split further."""
+  assert large == sharding.LARGE
+  mesh = sharding.build_mesh(experiment.mesh)
+  return mesh, train_step.init_state(experiment, mesh), jax.jit(train_step.make_train_step(experiment, mesh))
+
+
 def run(experiment, steps=2, change_batch=lambda batch: batch):
   """State and last metrics after a few steps on this experiment's mesh."""
-  mesh = sharding.build_mesh(experiment.mesh)
-  state = train_step.init_state(experiment, mesh)
-  step = jax.jit(train_step.make_train_step(experiment, mesh))
+  mesh, state, step = begun(experiment, sharding.LARGE)
   for i in range(steps):
     batch = distributed.put_batch(change_batch(tiny.batch(experiment, seed=i)), mesh, sharding.batch_spec())
     state, metrics = step(state, batch)
