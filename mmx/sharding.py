@@ -37,10 +37,12 @@ MESH_AXIS_OF = {
     None: None,
 }
 # Where a matrix is no small one, every chip of a group of experts, or of one that shares a sequence, would hold it
-# again: 48 GB of M2's state and moments.
+# again: 48 GB of M2's state and moments. Chips that work with the same experts each keep some of them whole, as parts
+# of each lie in another order on GPUs when they are gathered and scattered: 26 GB of M2 on 32.
 LARGE = 2**20  # elements, all layers together; what is smaller is not worth a gather of its own
 MESH_AXIS_OF_LARGE = MESH_AXIS_OF | {
-    'embed': ('fsdp', 'expert', 'context'), 'hidden_rows': ('tensor', 'fsdp', 'context'),
+    'experts': ('expert', 'fsdp', 'context'), 'embed': ('fsdp', 'expert', 'context'),
+    'hidden_rows': ('tensor', 'fsdp', 'context'),
 }
 
 

@@ -78,6 +78,10 @@ def test_axes_of_the_mesh_change_no_loss_and_no_gradient(axes, monkeypatch):
   equals_one_device(SMALL, axes, monkeypatch)
 
 
+def test_a_few_experts_lie_in_parts_of_each_and_change_no_loss_and_no_gradient(monkeypatch):
+  equals_one_device(config.override(SMALL, {'model.moe.num_experts': 4}), ('expert', 'context'), monkeypatch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('axes', ALONE + PAIRS, ids='-'.join)
 def test_axes_of_the_mesh_change_no_loss_and_no_gradient_of_any_layer(axes, monkeypatch):

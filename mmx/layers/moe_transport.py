@@ -40,8 +40,8 @@ from mmx.kernels_pallas.anything import anything
 from mmx.kernels_pallas.grouped import LANES, sort_by_expert
 from mmx.sharding import AXES, BATCH_AXES, batch_spec, on_shards, platform_of, spec_of
 
-# Logical axes of the experts' matrices. Where each shard has a part, it is one of rows: the last axis stays in whole
-# tiles, and parts lie one behind the other when they are gathered.
+# Logical axes of the experts' matrices. Where each shard has a part, it is one of experts or of rows: the last axis stays
+# in whole tiles, and parts lie one behind the other when they are gathered.
 GATE_AXES = UP_AXES = 'experts', 'embed', 'hidden'
 DOWN_AXES = 'experts', 'hidden_rows', None
 FULL_TILES = 512  # rows: what kernels take comes in multiples of theirs, which divide this
@@ -339,7 +339,7 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_EDF, w_up_EDF, w_down_EF
   """Runs routed experts on a mesh of axes replica, fsdp, expert, tensor (all of type Auto).
 
   Rows of the batch are split over (replica, fsdp, expert) and their tokens over context, experts over expert, and F over
-  tensor; a matrix of which each shard has a part of the rows is gathered on the way in. A mesh of one device calls
+  tensor; a matrix of which each shard has a part of its experts or rows is gathered on the way in. A mesh of one device calls
   `experts.of_tokens` directly.
 
   Args:
@@ -393,12 +393,14 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_EDF, w_up_EDF, w_down_EF
   # whole sum to every chip.
   specs = [spec_of(axes, w.shape, mesh) for axes, w in zip((GATE_AXES, UP_AXES, DOWN_AXES), matrices)]
 
-  def all_rows(w, spec):
-    axes = tuple(axis for axis in jax.tree.leaves(spec[1]) if axis != 'tensor')
-    return jax.lax.all_gather(w, axes, axis=1, tiled=True) if axes else w
+  def gathered(w, spec):
+    for dimension, named in enumerate(spec):
+      if axes := tuple(axis for axis in jax.tree.leaves(named) if axis not in ('expert', 'tensor')):
+        w = jax.lax.all_gather(w, axes, axis=dimension, tiled=True)
+    return w
 
   def on_mesh(x_BTD, ids_BTk, weights_BTk, *matrices):
-    y_BTD, dropped = on_shard(x_BTD, ids_BTk, weights_BTk, *map(all_rows, matrices, specs))
+    y_BTD, dropped = on_shard(x_BTD, ids_BTk, weights_BTk, *map(gathered, matrices, specs))
     return y_BTD[None], jax.lax.pmean(dropped, (*BATCH_AXES, 'context'))
 
   batch = batch_spec()
