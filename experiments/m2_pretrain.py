@@ -59,7 +59,7 @@ LAYOUTS = {
         '192k': Layout(16, 196608, over(16, 16)),
     },
     'h200_32': {
-        '8k': Layout(32, 8192, over(32)), '32k': Layout(8, 32768, over(8, 4)), '192k': Layout(4, 196608, over(4, 8)),
+        '8k': Layout(32, 8192, over(32)), '32k': Layout(8, 32768, over(8, 4)), '192k': Layout(2, 196608, over(2, 16)),
     },
 }
 
@@ -77,8 +77,9 @@ def get_config(scale):
         'optim.learning_rate': 2e-4, 'optim.warmup_steps': 2000, 'train.loss_chunk': 65536, 'train.log_every': 20,
         'train.histogram_every': 500, 'train.checkpoint_every': 500, 'eval.every': 2000, 'eval.batches': 4,
     }
-  if scale == 'h200_32':  # 'auto' takes no kernels of one generation of GPUs; its own form would take ten times as long
-    recipe |= {'model.moe.implementation': 'hopper'}
+  if scale == 'h200_32':
+    # 'auto' takes no kernels of one generation of GPUs; its own form would take ten times as long. Memory is short.
+    recipe |= {'model.moe.implementation': 'hopper', 'train.loss_chunk': 16384}
   return stage(config.override(base, recipe), LAYOUTS[scale], '8k')
 
 
