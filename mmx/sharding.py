@@ -37,13 +37,15 @@ MESH_AXIS_OF = {
     None: None,
 }
 # Where a matrix is no small one, every chip of a group of experts, or of one that shares a sequence, would hold it
-# again: 48 GB of M2's state and moments. Chips that work with the same experts each keep some of them whole, as parts
-# of each lie in another order on GPUs when they are gathered and scattered: 26 GB of M2 on 32.
+# again: 48 GB of M2's state and moments.
 LARGE = 2**20  # elements, all layers together; what is smaller is not worth a gather of its own
 MESH_AXIS_OF_LARGE = MESH_AXIS_OF | {
-    'experts': ('expert', 'fsdp', 'context'), 'embed': ('fsdp', 'expert', 'context'),
-    'hidden_rows': ('tensor', 'fsdp', 'context'),
+    'embed': ('fsdp', 'expert', 'context'), 'hidden_rows': ('tensor', 'fsdp', 'context'),
 }
+# Chips that work with the same experts keep a part of the rows of each on TPU, and on GPUs some of them whole. The other
+# way round, libtpu holds all of them in float32 once more (14 GiB of M2 on 64 chips), and XLA on GPUs their gradients
+# (26 GiB on 32), as it scatters them in an order of their own.
+MESH_AXIS_OF_LARGE_ON_GPU = MESH_AXIS_OF_LARGE | {'experts': ('expert', 'fsdp', 'context')}
 
 
 def build_mesh(mesh: config.MeshConfig, devices=None) -> Mesh:
@@ -71,7 +73,9 @@ def spec_of(logical_axes, shape, mesh: Mesh) -> P:
   """Mesh axes for one array. A dimension takes those of its axes that no dimension before it has, as many of them, from
   the first, as divide it; the rest leave it whole (norm scales, tiny models)."""
   spec, taken = [], set()
-  table = MESH_AXIS_OF_LARGE if math.prod(shape) >= LARGE else MESH_AXIS_OF
+  table = MESH_AXIS_OF
+  if math.prod(shape) >= LARGE:
+    table = MESH_AXIS_OF_LARGE_ON_GPU if platform_of(mesh) == 'gpu' else MESH_AXIS_OF_LARGE
   for size, logical in zip(shape, logical_axes, strict=True):
     named = table[logical]
     axes = [a for a in ((named,) if isinstance(named, str) else named or ()) if mesh.shape[a] > 1 and a not in taken]

@@ -78,8 +78,9 @@ def test_axes_of_the_mesh_change_no_loss_and_no_gradient(axes, monkeypatch):
   equals_one_device(SMALL, axes, monkeypatch)
 
 
-def test_a_few_experts_lie_in_parts_of_each_and_change_no_loss_and_no_gradient(monkeypatch):
-  equals_one_device(config.override(SMALL, {'model.moe.num_experts': 4}), ('expert', 'context'), monkeypatch)
+def test_experts_that_lie_whole_as_on_gpus_change_no_loss_and_no_gradient(monkeypatch):
+  monkeypatch.setattr(sharding, 'MESH_AXIS_OF_LARGE', sharding.MESH_AXIS_OF_LARGE_ON_GPU)
+  equals_one_device(SMALL, ('expert', 'context'), monkeypatch)
 
 
 @pytest.mark.slow

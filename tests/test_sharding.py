@@ -11,13 +11,18 @@ from mmx import sharding
 from mmx.layers.moe_transport import DOWN_AXES, GATE_AXES
 
 
-@pytest.mark.parametrize('sizes, gate, down', [
-    ({'expert': 16, 'context': 4}, P(('expert', 'context'), None, None), P(('expert', 'context'), None, None)),
-    ({'expert': 8, 'fsdp': 4, 'tensor': 2}, P(('expert', 'fsdp'), None, 'tensor'), P(('expert', 'fsdp'), 'tensor', None)),
-    ({'expert': 64, 'context': 8}, P('expert', 'context', None), P('expert', 'context', None)),  # 512 share 256 experts
-    ({'context': 32}, P('context', None, None), P('context', None, None)),
-])
-def test_chips_of_the_same_experts_keep_some_of_them_whole_where_there_are_enough(sizes, gate, down):
+ROWS, WHOLE = P('expert', 'context', None), P(('expert', 'context'), None, None)
+
+
+@pytest.mark.parametrize('platform, sizes, gate, down', [
+    ('tpu', {'expert': 16, 'context': 4}, ROWS, ROWS),
+    ('gpu', {'expert': 16, 'context': 4}, WHOLE, WHOLE),
+    ('gpu', {'expert': 64, 'context': 8}, ROWS, ROWS),  # 512 chips share 256 experts
+    ('gpu', {'expert': 8, 'fsdp': 4, 'tensor': 2}, P(('expert', 'fsdp'), None, 'tensor'),
+     P(('expert', 'fsdp'), 'tensor', None)),
+])  # fmt: skip
+def test_chips_of_the_same_experts_keep_rows_of_each_or_on_gpus_some_whole(platform, sizes, gate, down, monkeypatch):
+  monkeypatch.setattr(sharding, 'platform_of', lambda mesh: platform)
   mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in sharding.AXES), sharding.AXES)
   assert sharding.spec_of(GATE_AXES, (256, 3072, 1536), mesh) == gate
   assert sharding.spec_of(DOWN_AXES, (256, 1536, 3072), mesh) == down
