@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from mmx import config
 
@@ -65,8 +65,9 @@ def build_mesh(mesh: config.MeshConfig, devices=None) -> Mesh:
 
 
 def platform_of(mesh: Mesh | None) -> str:
-  """'cpu', 'gpu' or 'tpu', read from the mesh: the host's own backend may differ when compiling ahead of time."""
-  return 'cpu' if mesh is None else mesh.devices.flat[0].platform
+  """'cpu', 'gpu' or 'tpu', read from the mesh: the host's own backend may differ when compiling ahead of time. Without a
+  mesh, or of one without devices, 'cpu'."""
+  return 'cpu' if mesh is None or isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
 
 
 def spec_of(logical_axes, shape, mesh: Mesh) -> P:

@@ -4,12 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 from mmx import sharding
 from mmx.layers.moe_transport import DOWN_AXES, GATE_AXES
-
 
 ROWS, WHOLE = P('expert', 'context', None), P(('expert', 'context'), None, None)
 

@@ -339,8 +339,8 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_EDF, w_up_EDF, w_down_EF
   """Runs routed experts on a mesh of axes replica, fsdp, expert, tensor (all of type Auto).
 
   Rows of the batch are split over (replica, fsdp, expert) and their tokens over context, experts over expert, and F over
-  tensor; a matrix of which each shard has a part of its experts or rows is gathered on the way in. A mesh of one device calls
-  `experts.of_tokens` directly.
+  tensor; a matrix of which each shard has a part of its experts or rows is gathered on the way in. A mesh of one device
+  calls `experts.of_tokens` directly.
 
   Args:
     x_BTD: tokens, any floating dtype.

@@ -323,9 +323,11 @@ def growth(function):
       seen.append(resident())
   watcher = threading.Thread(target=watch)
   watcher.start()
-  function()
-  over.set()
-  watcher.join()
+  try:
+    function()
+  finally:  # a thread that went on would keep this process
+    over.set()
+    watcher.join()
   return max(seen) - seen[0]
 
 folder, quiet = pathlib.Path(sys.argv[1]), lambda line: None
