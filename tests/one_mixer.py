@@ -1,11 +1,14 @@
 """One mixer layer by itself, as the tests of every mixer use it: built, packed, and served chunk by chunk."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from mmx.layers.context import Context
+from mmx.model import init_variables
 
 
 def packed(*lengths, padding=0):
@@ -20,6 +23,12 @@ def randomised(tree, seed):
   leaves, treedef = jax.tree.flatten(nn.unbox(tree))
   keys = jax.random.split(jax.random.key(seed), len(leaves))
   return treedef.unflatten([a + 0.1 * jax.random.normal(key, a.shape) for a, key in zip(leaves, keys)])
+
+
+@functools.cache
+def variables(model, seed=0):
+  """Randomised variables of a whole decoder."""
+  return jax.jit(lambda rng: randomised(init_variables(model, None, rng), seed + 1))(jax.random.key(seed))
 
 
 def build(layer, config, length, rows=1, seed=0):

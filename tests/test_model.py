@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 import tiny
-from one_mixer import randomised
+from one_mixer import variables
 
 from mmx import config, flops, sharding
 from mmx.kernels_pallas.gated import ACTIVATIONS
@@ -20,15 +20,6 @@ from mmx.layers.mlp import MLP
 from mmx.layers.moe import update_bias
 from mmx.model import Decoder, init_variables
 from mmx.train_step import loss_terms
-
-
-@functools.cache
-def made(model, seed):
-  return jax.jit(lambda rng: init_variables(model, None, rng))(jax.random.key(seed))
-
-
-def variables(model, seed=0):
-  return randomised(made(model, seed), seed + 1)
 
 
 @functools.cache  # compiled once for all tests of this file
@@ -177,7 +168,7 @@ def test_parameters_are_as_many_as_the_formula_says(overrides):
 def test_bias_selects_but_never_weighs_and_gets_no_gradient():
   experiment = tiny.BASE
   tree, batch = variables(experiment.model), tiny.batch()
-  tree['router'] = jax.tree.map(jnp.zeros_like, tree['router'])
+  tree = tree | {'router': jax.tree.map(jnp.zeros_like, tree['router'])}
   shifted = tree | {'router': jax.tree.map(lambda bias: bias + 5.0, tree['router'])}  # the same for all: same choice
   np.testing.assert_allclose(
       hidden(experiment.model, tree, batch), hidden(experiment.model, shifted, batch), atol=1e-6
