@@ -278,8 +278,11 @@ def test_rungs_2_3_and_5_our_kernels_are_interpreted_poisoned_and_compiled_ahead
 
 
 # A kernel's lowering asks what chip it is for, and would find this host's CPU.
-V5P = jax.sharding.AbstractDevice('TPU v5p', 2, 'tpu')
-CHIP = jax.sharding.AbstractMesh((1,), ('chip',), abstract_device=V5P)
+DEVICES = {'tpu': ('TPU v5p', 2, 'tpu'), 'gpu': ('NVIDIA H100 80GB HBM3', 132, 'gpu')}
+CHIPS = {
+    platform: jax.sharding.AbstractMesh((1,), ('chip',), abstract_device=jax.sharding.AbstractDevice(*device))
+    for platform, device in DEVICES.items()
+}
 
 
 @pytest.mark.parametrize('what, name', KERNELS)
@@ -287,7 +290,7 @@ def test_rung_4_each_form_lowers_for_the_platforms_it_names(what, name):
   served = []
   for platform, target in (('cpu', 'cpu'), ('gpu', 'cuda'), ('tpu', 'tpu')):
     function, arguments = called(what, name, platform)
-    with jax.sharding.use_abstract_mesh(CHIP) if platform == 'tpu' else contextlib.nullcontext():
+    with jax.sharding.use_abstract_mesh(CHIPS[platform]) if platform in CHIPS else contextlib.nullcontext():
       try:
         traced = function.trace(*arguments)
       except ValueError as error:

@@ -27,6 +27,11 @@ def simulator(**options):
   return InterpretGPUParams(**options)
 
 
+def parameters(**options):
+  """Parameters of the compiler: layouts are those that a kernel names. From jax 0.12 on the default is to infer them."""
+  return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, **options)
+
+
 def cast(x, layout, interpret):
   """x in the registers' `layout`, such as plgpu.Layout.WGMMA."""
   return x if interpret else plgpu.layout_cast(x, layout)
@@ -45,6 +50,14 @@ def read(ref, layout, interpret):
     return ref[...]
   all_of_it = ((),) if 'idx' in inspect.signature(plgpu.load).parameters else ()  # before jax 0.12
   return plgpu.load(ref, *all_of_it, layout=layout, optimized=False)
+
+
+def write(ref, value, interpret):
+  """Into global memory, where a warp's share of a row may be less than the 32 bytes that jax 0.12 asks for elsewhere."""
+  if interpret or not hasattr(plgpu, 'store'):  # before jax 0.12
+    ref[...] = value
+  else:
+    plgpu.store(ref, value, optimized=False)
 
 
 def product(a, b_ref, interpret, transpose_a=False, transpose_b=False, start=None):

@@ -136,7 +136,7 @@ def _best(q_BNDi, k_BSDi, slot_BN, segments, tiles_Bt4, after, block, n, scored,
       out_type=[jax.ShapeDtypeStruct((B, J, n, N), dtype) for dtype in dtypes],
       # The last runs fastest, and is the one that may exceed 65535, as with a million tokens and 16 heads.
       grid=(B, J, t), grid_names=('row', 'part', 'tile'), num_threads=groups + 1, thread_name='group',
-      kernel_name='select_blocks',
+      compiler_params=hopper.parameters(), kernel_name='select_blocks',
       scratch_types=[
           plgpu.SMEM((groups, ROWS, Di), q_BNDi.dtype, transforms=transforms),
           plgpu.SMEM((stages, KEYS, Di), k_BSDi.dtype, transforms=transforms),

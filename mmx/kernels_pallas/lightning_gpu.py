@@ -132,7 +132,7 @@ def _pass(q, k, v, state, slopes_H, steps_BRT, chunk, interpret, backwards=False
           states_s=tiles(2, Dh, COLUMNS), left=plgpu.Barrier(num_barriers=2), taken=plgpu.Barrier(num_barriers=2),
           upper_s=tiles(ROWS, COLUMNS), lower_s=tiles(ROWS, COLUMNS), o_s=tiles(ROWS, COLUMNS),
       ),
-      compiler_params=plgpu.CompilerParams(approx_math=True), kernel_name='lightning', interpret=interpret,
+      compiler_params=hopper.parameters(approx_math=True), kernel_name='lightning', interpret=interpret,
   )(slopes_H, steps_BRT, q, k, v, state)
 
 

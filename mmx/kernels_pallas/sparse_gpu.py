@@ -184,7 +184,7 @@ def launch(kernel, threads, scratch, out_type, cost, interpret, name):
 
   mesh = plgpu.Mesh(grid=(SHARES,), grid_names=('share',), num_threads=threads, thread_name='group')
   return pl.kernel(
-      body, out_type=out_type, mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret,
+      body, out_type=out_type, mesh=mesh, compiler_params=hopper.parameters(approx_math=True), interpret=interpret,
       cost_estimate=cost, name=name,
   )
 
@@ -365,8 +365,8 @@ def _backward_kernel(
         dq = hopper.product(dscores_block, k_smem.at[buffer, :, columns], interpret, transpose_a=True)
         plgpu.barrier_arrive(dscores_free)
         tile, rows = walk.rows(s)
-        # 16 bytes of a row at a time: jax 0.10 compiles that, 0.12 refuses it. Shared memory has no room for a tile.
-        dq_ref[tile, rows, columns] = dq.astype(dq_ref.dtype)
+        # 16 bytes of a row at a time: shared memory has no room for a tile.
+        hopper.write(dq_ref.at[tile, rows, columns], dq.astype(dq_ref.dtype), interpret)
         return dk, dv
 
       zeros = hopper.cast(jnp.zeros((STRIP, walk.D), jnp.float32), plgpu.Layout.WGMMA, interpret)
