@@ -12,8 +12,7 @@ def use_every_core():
   XLA runs a loop over experts on one thread; two devices of one core each took 0.75 of the time of one device of two.
   Leaves the devices alone where XLA_FLAGS or JAX_NUM_CPU_DEVICES speak of them already.
   """
-  if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-    keep_memory(libc)
+  keep_memory()
   import jax
 
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -22,17 +21,35 @@ def use_every_core():
     jax.config.update('jax_num_cpu_devices', min(8, 1 << cores.bit_length() - 1))  # a power of two divides experts
 
 
-def keep_memory(libc):
+def glibc():
+  """The C library with the types of what is called here; None on machines that have another."""
+  if sys.platform != 'linux' or not hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+    return None
+  libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+  libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+  if hasattr(libc, 'mallinfo2'):  # since 2.33
+    libc.mallinfo2.restype = HeapInfo
+  return libc
+
+
+class HeapInfo(ctypes.Structure):
+  """glibc's struct mallinfo2."""
+
+  _fields_ = [(name, ctypes.c_size_t) for name in (*(f'field_{i}' for i in range(9)), 'free_at_end')]
+
+
+def keep_memory():
   """Has glibc keep what a step frees for the next, in huge pages.
 
   XLA allocates a step's temporaries anew each time, and glibc would return them to the system: 68,000 page faults, 0.1 s
   a step. Where the system gives huge pages on request only, the heap is grown once and asked for in them, as nothing
   else tells glibc to: 0.68 to 0.92 of the time of a step of the arms of `experiments/moe_ablation.py`.
   """
+  if (libc := glibc()) is None:
+    return
   ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD, TOP_PAD = -8, -4, -1, -2  # malloc.h
   for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 2**24)):
     libc.mallopt(parameter, value)
-  libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
   grow_heap(libc)
 
 
@@ -49,13 +66,12 @@ def leave_holes():
   """Takes from glibc what a compilation left free in between, so that what runs then is served from the heap's end.
 
   The ablation's 128 experts leave 60,000 holes. Every allocation of a step passes by some, holding a lock that its
-  threads wait for: a step took 1.3 times as long as that of a program which came out of the cache of compilations. The
+  threads wait for: a step took 1.4 times as long as that of a program which came out of the cache of compilations. The
   memory of the holes goes back to the system; 350 MB of addresses are lost.
   """
-  if sys.platform != 'linux' or not hasattr(libc := ctypes.CDLL(None), 'mallinfo2'):
+  libc = glibc()
+  if not hasattr(libc, 'mallinfo2'):
     return
-  libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-  libc.sbrk.restype, libc.sbrk.argtypes, libc.mallinfo2.restype = ctypes.c_void_p, [ctypes.c_ssize_t], _HeapInfo
   libc.malloc_trim(0)
   end = libc.sbrk(0) - libc.mallinfo2().free_at_end
   size = 2**30
@@ -65,12 +81,6 @@ def leave_holes():
     libc.free(hole)
     size = size * 7 // 8
   grow_heap(libc)
-
-
-class _HeapInfo(ctypes.Structure):
-  """glibc's struct mallinfo2."""
-
-  _fields_ = [(name, ctypes.c_size_t) for name in (*(f'field_{i}' for i in range(9)), 'free_at_end')]
 
 
 def cache_compilations():

@@ -224,7 +224,9 @@ class Programs:
     return self._settled(jax.jit(step).lower(self.state.params, self.state.router, batch).compile())
 
   def _settled(self, compiled):
-    if self.mesh.devices.flat[0].platform == 'cpu':  # its programs take their memory from the process's heap
+    from mmx import sharding
+
+    if sharding.platform_of(self.mesh) == 'cpu':  # its programs take their memory from the process's heap
       host.leave_holes()
     return compiled
 

@@ -10,14 +10,14 @@ KEPT = r"""
 import ctypes, re, resource
 from mmx import host
 
-libc = ctypes.CDLL(None)
-host.keep_memory(libc)
+libc = host.glibc()
+host.keep_memory()
 
 def use():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   block = libc.malloc(2**27)
   ctypes.memset(block, 1, 2**27)
-  libc.free(ctypes.c_void_p(block))
+  libc.free(block)
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, block
 
 _, block = use()
@@ -29,14 +29,12 @@ for mapping in re.split(r'\n(?=[0-9a-f]+-[0-9a-f]+ )', open('/proc/self/smaps').
     flags = re.search('VmFlags:(.*)', mapping)[1].split()
 print(faults, 'hg' in flags)
 """
-
-
 HOLES = r"""
-import ctypes, random
+import random
 from mmx import host
 
-libc = ctypes.CDLL(None)
-host.keep_memory(libc)
+libc = host.glibc()
+host.keep_memory()
 sizes = [random.Random(i).randrange(200, 200_000) for i in range(20_000)]
 blocks = [libc.malloc(size) for size in sizes]
 for hole in blocks[::2]:
