@@ -263,7 +263,7 @@ def msa_cached(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT,
   ]
   what = 'msa against a cache'
   if implementation == 'hopper':
-    refusal = lambda gpu: gpu.unsupported_cached(index_q_BTKDi, index_k_BSDi, block_size)
+    refusal = lambda gpu: gpu.unsupported_cached(q_BTHDh, k_BKSDh, index_q_BTKDi, index_k_BSDi, block_size)
     return _hopper(what, platform, refusal).msa_cached_hopper(*arguments)
   name = _choose(what, table, implementation, platform)
   return (_msa_tpu.msa_cached_pallas if name == 'pallas' else _sparse.msa_cached_gather)(*arguments)

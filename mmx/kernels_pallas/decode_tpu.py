@@ -76,17 +76,7 @@ def attend_chosen(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size, pag
   B, T, H, Dh = q_BTHDh.shape
   K = k_BKSDh.shape[1]
   k = ids_BTKk.shape[3]
-  head_11K1 = jnp.arange(K, dtype=jnp.int32).reshape(1, 1, K, 1)
-  if pages_BP is None:
-    row_B111 = jnp.arange(B, dtype=jnp.int32).reshape(B, 1, 1, 1)
-    page_BTKk = (row_B111 * K + head_11K1) * (k_BKSDh.shape[2] // block_size) + ids_BTKk
-  else:
-    page_BX = jnp.take_along_axis(pages_BP, jnp.maximum(ids_BTKk, 0).reshape(B, -1), axis=1)
-    page_BTKk = page_BX.reshape(ids_BTKk.shape) * K + head_11K1
-  chosen_BTK = jnp.sum(ids_BTKk >= 0, axis=-1, dtype=jnp.int32)
-  seen_BTK = (chosen_BTK - 1) * block_size + slots_BT[..., None] % block_size + 1
-  seen_BTK = jnp.where((chosen_BTK > 0) & (slots_BT >= 0)[..., None], seen_BTK, 0)
-
+  page_BTKk, seen_BTK = pages_of_choices(ids_BTKk, slots_BT, block_size, k_BKSDh.shape, pages_BP)
   pages = lambda x: x.reshape(-1, block_size, Dh)
   call = functools.partial(_call, pages(k_BKSDh), pages(v_BKSDh), interpret)
   N = B * T * K
@@ -94,6 +84,24 @@ def attend_chosen(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size, pag
   queries = q_BTHDh.reshape(1, N, H // K, Dh), page_BTKk.reshape(1, N, k), seen_BTK.reshape(1, N)
   out = lax.map(lambda parts: call(*(x[0] for x in parts))[None], tuple(split(x, per_call) for x in queries))
   return join(out, N).reshape(B, T, H, Dh)
+
+
+def pages_of_choices(ids_BTKk, slots_BT, block_size, cache_shape, pages_BP):
+  """(pages [B, T, K, k] that hold the chosen blocks, keys [B, T, K] that are seen of them, 0 for none), int32.
+
+  cache_shape, pages_BP: of the cache that `attend_chosen` takes. A query sees its own block, the first, in part.
+  """
+  B, _, K, _ = ids_BTKk.shape
+  head_11K1 = jnp.arange(K, dtype=jnp.int32).reshape(1, 1, K, 1)
+  if pages_BP is None:
+    row_B111 = jnp.arange(B, dtype=jnp.int32).reshape(B, 1, 1, 1)
+    page_BTKk = (row_B111 * K + head_11K1) * (cache_shape[2] // block_size) + ids_BTKk
+  else:
+    page_BX = jnp.take_along_axis(pages_BP, jnp.maximum(ids_BTKk, 0).reshape(B, -1), axis=1)
+    page_BTKk = page_BX.reshape(ids_BTKk.shape) * K + head_11K1
+  chosen_BTK = jnp.sum(ids_BTKk >= 0, axis=-1, dtype=jnp.int32)
+  seen_BTK = (chosen_BTK - 1) * block_size + slots_BT[..., None] % block_size + 1
+  return page_BTKk, jnp.where((chosen_BTK > 0) & (slots_BT >= 0)[..., None], seen_BTK, 0)
 
 
 def _call(k_pbDh, v_pbDh, interpret, q_NGDh, page_Nk, seen_N):

@@ -1,13 +1,17 @@
 """MiniMax Sparse Attention on Hopper: what the kernels of `index_gpu` and `sparse_gpu` make together.
 
-In training blocks are selected and attended to by Mosaic GPU kernels; against a cache they are selected so. The index
+Blocks are selected and attended to by Mosaic GPU kernels: in training, and for a prompt whose choices cover the cache,
+by those that read a block once for many queries, for a few new tokens by one that reads them where they stand. The index
 branch's divergence runs through XLA, over the same pairs of query and block, from the kernel's logsumexp
 (`sparse.selected_divergence`): it is paid in training only, as nothing asks for it elsewhere.
 """
 
-from mmx.kernels_pallas import index_gpu, sparse_gpu
+import jax
+
+from mmx.kernels_pallas import decode_gpu, index_gpu, sparse_gpu
 from mmx.kernels_pallas.chunks import places
-from mmx.kernels_pallas.sparse import attend_chosen_gather, selected_divergence
+from mmx.kernels_pallas.sparse import selected_divergence
+from mmx.kernels_pallas.sparse_pairs import covers
 
 
 def unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k) -> str:
@@ -35,18 +39,25 @@ def msa_hopper(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
   return out_BTHDh, kl_B
 
 
-def unsupported_cached(index_q_BTKDi, index_k_BSDi, block_size) -> str:
+def unsupported_cached(q_BTHDh, k_BKSDh, index_q_BTKDi, index_k_BSDi, block_size) -> str:
   """Why the kernels cannot serve these shapes of a cache, in a few words; '' if they can."""
-  return index_gpu.unsupported(index_q_BTKDi, index_k_BSDi, block_size)
+  attention = decode_gpu.unsupported(q_BTHDh, k_BKSDh, block_size)
+  return attention or index_gpu.unsupported(index_q_BTKDi, index_k_BSDi, block_size)
 
 
 def msa_cached_hopper(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, block_size, top_k,
                       interpret=False):
   """T new tokens against a cache of S slots; see `sparse.msa_cached_gather`. Returns [B, T, H, Dh].
 
-  The kernel reads the index keys, which grow with the context; the chosen blocks, which do not, are gathered by XLA.
+  `interpret` is False for the card, `hopper.simulator()` for tests.
   """
   ids_BTKk = index_gpu.select_blocks_gpu(
       index_q_BTKDi, index_k_BSDi, slots_BT, None, block_size, top_k, interpret=interpret
   )
-  return attend_chosen_gather(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size)
+  B, K, S, Dh = k_BKSDh.shape
+  copied = jax.ShapeDtypeStruct((B, S, K, Dh), k_BKSDh.dtype)
+  few = not covers(q_BTHDh.shape[1], top_k, block_size, S)
+  if few or sparse_gpu.unsupported(q_BTHDh, copied, block_size, top_k):
+    return decode_gpu.attend_chosen(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size, interpret=interpret)
+  k_BSKDh, v_BSKDh = k_BKSDh.swapaxes(1, 2), v_BKSDh.swapaxes(1, 2)
+  return sparse_gpu.attend_blocks(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, None, block_size, interpret)[0]

@@ -11,10 +11,7 @@ import jax
 
 from mmx.kernels_pallas import decode_tpu, divergence_tpu, index_tpu, sparse_tpu
 from mmx.kernels_pallas.chunks import places
-
-# Times that the choices of T tokens cover the cache before it pays to copy it. In place a choice moves 2 blocks, of
-# keys and of values; copied, a block of the cache moves 6, and a choice its queries' rows: half a block with 16 heads.
-COVER = 4
+from mmx.kernels_pallas.sparse_pairs import covers
 
 
 def unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k) -> str:
@@ -60,7 +57,7 @@ def msa_cached_pallas(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, sl
   )
   B, K, S, Dh = k_BKSDh.shape
   copied = jax.ShapeDtypeStruct((B, S, K, Dh), k_BKSDh.dtype)
-  few = q_BTHDh.shape[1] * top_k * block_size < COVER * S
+  few = not covers(q_BTHDh.shape[1], top_k, block_size, S)
   if few or sparse_tpu.unsupported(q_BTHDh, copied, block_size, top_k):
     return decode_tpu.attend_chosen(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size, interpret=interpret)
   k_BSKDh, v_BSKDh = k_BKSDh.swapaxes(1, 2), v_BKSDh.swapaxes(1, 2)

@@ -79,11 +79,6 @@ def msa_cached_gather(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, sl
   Reads the index keys up to the last query's slot, and of the keys and values the chosen blocks only.
   """
   ids_BTKk = select_blocks(index_q_BTKDi, index_k_BSDi, slots_BT, None, block_size, top_k)
-  return attend_chosen_gather(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size)
-
-
-def attend_chosen_gather(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size):
-  """The attention of `msa_cached_gather` to blocks that were selected elsewhere. Returns [B, T, H, Dh]."""
   B, K, S, Dh = k_BKSDh.shape
   blocks = lambda a: a.reshape(B, K, S // block_size, block_size, Dh)
   keys = Keys(blocks(k_BKSDh), blocks(v_BKSDh), None, None)

@@ -31,6 +31,9 @@ CHUNK_ELEMENTS = 2**26  # of the outputs of one chunk's pairs, R*G*D: 128 MiB in
 LONGEST = 4  # times as much where a row has 4096 blocks or more, of which a shorter chunk's queries share few
 CHUNK_PAIRS = 2**17  # most tiles, whose pages stand in 512 KiB of the 1 MiB that a TPU has for scalars
 SUM_AT_ONCE = 4  # choices of a query
+# Times that choices cover a cache before it pays to copy it into this layout. Where it stands a choice moves 2 blocks,
+# of keys and of values; copied, a block of the cache moves 6, and a choice its queries' rows: half a block with 16 heads.
+COVER = 4
 LANES = 128
 
 
@@ -66,6 +69,11 @@ def unsupported(q_BTHDh, k_BSKDh, block_size, top_k, tile_rows) -> str:
   if B * K * top_k * (B * K * -(-S // block_size) + 1) >= 2**31:
     return f'{B} rows of {S} slots with {K} kv heads; pairs of one token times blocks must stay below 2**31'
   return ''
+
+
+def covers(T, top_k, block_size, S) -> bool:
+  """Whether T tokens of a row choose so much of a cache of S slots that each block is better read once for all."""
+  return T * top_k * block_size >= COVER * S
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))

@@ -8,7 +8,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas import api, decode_tpu, sparse
 from mmx.kernels_pallas.decode_tpu import attend_chosen
-from mmx.kernels_pallas.msa_tpu import COVER, msa_cached_pallas
+from mmx.kernels_pallas.msa_tpu import msa_cached_pallas
+from mmx.kernels_pallas.sparse_pairs import covers
 
 
 def inputs(lengths, T, H, K, Dh, block, top_k, dtype=jnp.float32, seed=0):
@@ -109,7 +110,7 @@ def test_copies_have_arrived_before_they_are_read_and_none_is_left(when, capfd):
 def test_msa_cached_pallas_equals_msa_cached_gather(T, top_k):
   """NaN behind each row for the kernels, 0 for the form that multiplies by 0."""
   q, k, v, _, slots = inputs((100, 59), T, 4, 2, 32, 16, top_k)
-  assert (T * top_k * 16 < COVER * k.shape[2]) == (T < 30)
+  assert covers(T, top_k, 16, k.shape[2]) == (T == 30)
   rng = np.random.default_rng(2)
   index_q = jnp.asarray(rng.normal(size=(2, T, 2, 32)), jnp.float32)
   index_k = jnp.asarray(rng.normal(size=(2, k.shape[2], 32)), jnp.float32) + 0 * k[:, 0]
