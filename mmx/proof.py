@@ -191,7 +191,8 @@ def needed_flops(experiment, mode) -> tuple[float, float]:
   tokens = tokens_of(experiment, mode)
   mixing = sum(flops.mixing_flops(model, layer.mixer, T) for layer in layers)
   if training:
-    return flops.step_flops(experiment) * tokens, 3 * mixing * tokens * (4 / 3 if model.remat == 'full' else 1)
+    passes = 4 if model.remat in ('full', 'offload') else 3
+    return flops.step_flops(experiment) * tokens, passes * mixing * tokens
   matrices = 2 * flops.count_parameters(model).active * tokens
   mixing *= 2 if mode == 'decode' else 1  # the last token sees all keys, tokens of a row half of them
   head = 2 * model.d_model * model.vocab_size * experiment.data.batch_size

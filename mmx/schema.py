@@ -114,7 +114,7 @@ class ModelConfig:
   key_shift: Literal['none', 'learned'] = 'none'  # keys see the token before theirs too: small models learn recall
   tie_embeddings: bool = False
   compute_dtype: Literal['float32', 'bfloat16'] = 'float32'  # parameters are float32 always
-  remat: Literal['none', 'full', 'dots', 'mixer'] = 'none'  # what the backward pass recomputes; see layers/block.py
+  remat: Literal['none', 'full', 'dots', 'mixer', 'offload'] = 'none'  # recomputed backwards; see layers/block.py
   layer_loop: Literal['scan', 'unroll'] = 'scan'  # same parameters and values either way; unrolling compiles slower
   attention: AttentionConfig = field(default_factory=AttentionConfig)
   sliding: SlidingConfig = field(default_factory=SlidingConfig)

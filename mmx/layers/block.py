@@ -17,6 +17,11 @@ REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,  # least memory: the whole block again
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights
     'mixer': jax.checkpoint_policies.save_only_these_names('mixer'),  # keep each mixer's output: attention runs once
+    # The whole block again, from an input that has been in the host's memory meanwhile.
+    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=['input'], offload_src='device',
+        offload_dst='pinned_host',
+    ),
 }
 
 
@@ -35,6 +40,7 @@ class Block(nn.Module):
   def __call__(self, x_BTD, context: Context, layer_index, cache):
     m = self.model
     out_scale = branch_scale(m)
+    x_BTD = checkpoint_name(x_BTD, 'input')
     mixer = MIXERS[self.layer.mixer].layer(m, out_scale, self.mesh, name='mixer')
     normed_BTD = Norm(m.norm, m.norm_eps, name='mixer_norm')(x_BTD)
     y_BTD, cache, mixer_aux = mixer(normed_BTD, context, layer_index, cache)
