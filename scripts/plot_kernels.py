@@ -230,7 +230,7 @@ def kernel_table(results) -> str:
   for path in sorted((ROOT / 'mmx/kernels_pallas').glob('*_?pu.py')):
     name, chip = path.stem.rsplit('_', 1)
     text = path.read_text()
-    if not re.search(r'\bpl(gpu)?\.(pallas_call|kernel)\(', text):
+    if not re.search(r'\bpl(gpu)?\.(pallas_call|kernel)\(|\.launch\(', text):
       continue
     first = ast.get_docstring(ast.parse(text)).split('\n\n')[0]
     said = re.split(r'[.:;] ', re.sub(r'\s+', ' ', re.sub(r'\s*\([^)]*\)', '', first)))[0].rstrip('.')

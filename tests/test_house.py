@@ -265,7 +265,7 @@ def test_rung_2_each_form_is_held_against_the_oracle(what, name):
 KERNEL_FILES = {
     path.stem: path.read_text() for path in sorted((ROOT / 'mmx/kernels_pallas').glob('*_[tg]pu.py'))
 }
-OURS = [name for name, text in KERNEL_FILES.items() if re.search(r'pl\.pallas_call|plgpu\.kernel', text)]
+OURS = [name for name, text in KERNEL_FILES.items() if re.search(r'pl\.pallas_call|pl(gpu)?\.kernel|\.launch\(', text)]
 AOT_TESTS = [path.read_text() for path in (ROOT / 'tests/aot').glob('test_*.py')]
 
 

@@ -1,24 +1,11 @@
-"""The divergence of MSA's index branch on TPU, with its gradient in closed form (arXiv:2606.13392, sections 3.2 and 4).
-
-Two sweeps over the tiles that `sparse_pairs` cuts of a chunk's pairs (query, block), as attention's are cut:
-
-  stats    index scores; the greatest of each query in a tile and the sum of exponentials above it, from which XLA makes
-           the logsumexp over the query's blocks.
-  diverge  the attention's scores again and, by its logsumexp, the teacher P, the mean of the G heads; index scores and
-           the student P_idx; each query's sum of P log(P / P_idx); and from P_idx - P, the gradient of the scores, the
-           rows of the index queries' gradient, which XLA adds up, and the index keys', which grows in VMEM from tile to
-           tile of a page.
-
-Value and gradient come from one sweep, so that the attention's scores, which cost G times an index head's, are made
-once. The index branch's gradients, [B, T, K + 1, Di] in its dtype, are held until the backward pass. They are named
-'mixer': the policy of rematerialisation that keeps mixers' outputs keeps them too, others run both sweeps again.
+"""The divergence of MSA's index branch as Pallas kernels for TPU; `divergence_pairs` says what they make.
 
 Layout. As in `sparse_tpu` keys are in sublanes and queries in lanes, [b, r*G] scores of attention and [b, r] of the
 index branch. A query's G heads are neighbours in lanes, so their sum is a product with a matrix of zeros and ones: that
 is exact in bfloat16, and probabilities enter it in as many bfloat16 parts as the inputs' dtype asks for. Keys that a
-query does not see are masked in the mean, once for G heads.
+query does not see are masked in the mean, once for G heads. The index keys' gradient grows in VMEM.
 
-None of it has run on a TPU. Letters as in `sparse_pairs`; Di index dim, padded to D as Dh is, and R = r*G.
+None of it has run on a TPU. Letters as in `divergence_pairs`, and R = r*G.
 """
 
 import functools
@@ -26,106 +13,39 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mmx.kernels_pallas import sparse_pairs
-from mmx.kernels_pallas.chunks import join, kernel_product, places, split
-from mmx.kernels_pallas.sparse import MASKED, logsumexp_of_choices
+from mmx.kernels_pallas.chunks import kernel_product
+from mmx.kernels_pallas.divergence_pairs import DivergenceKernels, divergence_in_tiles
+from mmx.kernels_pallas.sparse import MASKED
 from mmx.kernels_pallas.sparse_tpu import PARAMS, TILE_ROWS, of_the_page, visible
 
 LEAST_QUERIES = 2  # of a tile: a product with one row of bfloat16 does not compile
 PARTS = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 3}  # numbers of 8 bits that make up a probability
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def selected_divergence_pallas(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT,
                                block_size, interpret=False, part=None):
-  """KL(P || P_idx) over each query's selected tokens: kl [B] float32; the meaning is `sparse.selected_divergence`'s.
+  """`divergence_pairs.divergence_in_tiles` by the kernels below: kl [B] float32.
 
-  Args:
-    q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi: bfloat16 or float32; shapes that `msa_tpu.unsupported` has nothing
-      to say of.
-    ids_BTKk: int32 blocks of each query, no block twice, -1 for none.
-    logsumexp_BTKG: float32, of the attention's scores of each query over its blocks.
-    segment_ids_BT: a query sees the tokens up to its own of its segment; queries of segment 0 are left out.
-    interpret: as `pl.pallas_call` takes it.
-    part: None, or which of the row's queries these are: see `chunks.Part`.
-
-  The gradient reaches index_q and index_k only, and is made on the way forward.
+  Shapes are those that `msa_tpu.unsupported` has nothing to say of; `interpret` is as `pl.pallas_call` takes it.
   """
+  stats, diverge = (functools.partial(function, interpret=interpret) for function in (_stats, _diverge))
+  kernels = DivergenceKernels(stats, diverge, lambda G: max(1, TILE_ROWS // G), LEAST_QUERIES)
   arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
-  return _forward(*arguments, block_size, interpret, part)[0]
+  return divergence_in_tiles(*arguments, block_size, kernels, part)
 
 
-def _forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size,
-             interpret, part=None):
-  B, T, H, Dh = q_BTHDh.shape
-  K, Di = index_q_BTKDi.shape[2:]
-  S = k_BTKDh.shape[1]
-  slots_BT, segments = places(segment_ids_BT, part)
-  slots_BT = jnp.where(segment_ids_BT > 0, slots_BT, -1)
-  chunks, keys = sparse_pairs.sides(q_BTHDh, k_BTKDh, k_BTKDh, ids_BTKk, slots_BT, segments, block_size)
-  c = chunks.q_BcHD.shape[2]
-  used_BS1 = jnp.arange(S, dtype=jnp.int32)[None, :, None] <= keys.last_B[:, None, None]
-  index_k_pbD = sparse_pairs.in_blocks(sparse_pairs.whole_lanes(jnp.where(used_BS1, index_k_BTDi, 0)), block_size)
-  D = index_k_pbD.shape[-1]
-  diverge = functools.partial(_one_chunk, keys, index_k_pbD, (Dh**-0.5, Di**-0.5), interpret)
-  start = jnp.zeros((*index_k_pbD.shape[:2], K * D), jnp.float32)
-  index_q = split(sparse_pairs.whole_lanes(index_q_BTKDi), c)
-  logsumexp = split(logsumexp_BTKG.reshape(B, T, H), c)
-  dindex_k, (kl, dindex_q) = lax.scan(diverge, start, (chunks, index_q, logsumexp))
-  dindex_k_BTDi = jnp.sum(dindex_k.reshape(B, -1, K, D), axis=2)[:, :S, :Di].astype(index_k_BTDi.dtype)
-  dindex = join(dindex_q, T)[..., :Di], dindex_k_BTDi
-  return jnp.sum(kl, axis=0), checkpoint_name(dindex, 'mixer')
-
-
-def _backward(block_size, interpret, dindex, dkl_B):
-  per_row = lambda x: x * dkl_B.reshape((-1,) + (1,) * (x.ndim - 1)).astype(x.dtype)
-  return None, None, *map(per_row, dindex), None, None, None, None
-
-
-selected_divergence_pallas.defvjp(_forward, _backward)
-
-
-def _one_chunk(keys, index_k_pbD, scales, interpret, dindex_k, chunk):
-  """The index keys' gradient, float32 [B*P, b, K*D], with this chunk's added; kl [B] and dindex_q [B, c, K, D]."""
-  queries, index_q_BcKD, logsumexp_BcH = chunk
-  B, _, K, _ = index_q_BcKD.shape
-  tiles = sparse_pairs.plan(queries, keys, TILE_ROWS, LEAST_QUERIES)
-  index_queries = queries._replace(q_BcHD=index_q_BcKD)  # one head for each kv head
-  index_q_MrD = sparse_pairs.rows_of(index_q_BcKD, index_queries, tiles)
-  page_M, who = of_the_page(tiles, keys, sparse_pairs.who(index_queries, tiles), K)
-
-  stats = _stats(page_M, keys, index_k_pbD, index_q_MrD, who, tiles.count, K, scales[1], interpret)
-  index_logsumexp_N = logsumexp_of_choices(*(stats[:, i].reshape(-1) for i in (0, 1)), tiles)
-  lanes = lambda x_NG: x_NG.at[tiles.query_Mr].get(mode='fill', fill_value=0).reshape(who.shape[0], 1, -1)
-  logsumexps = lanes(logsumexp_BcH.reshape(index_logsumexp_N.size, -1)), lanes(index_logsumexp_N)
-
-  q_MrD = sparse_pairs.rows_of(queries.q_BcHD, queries, tiles)
-  kl_M1r, dindex_q, dindex_k = _diverge(
-      page_M, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dindex_k, tiles.count, K, scales, interpret
-  )
-  row_M = tiles.page_M // (keys.k_pbX.shape[0] // B * K)
-  row_M = jnp.where(jnp.arange(row_M.size, dtype=jnp.int32) < tiles.count, row_M, B)
-  is_of_BM = row_M[None] == jnp.arange(B, dtype=jnp.int32)[:, None]
-  kl_B = jnp.sum(jnp.where(is_of_BM, jnp.sum(kl_M1r, axis=(1, 2))[None], 0), axis=1)
-  dindex_q_ND = sparse_pairs.sum_of_choices(
-      dindex_q.reshape(tiles.query_Mr.size, -1), tiles.valid_Nk.astype(jnp.float32), tiles
-  )
-  return dindex_k, (kl_B, dindex_q_ND.reshape(index_q_BcKD.shape).astype(index_q_BcKD.dtype))
-
-
-def _stats(page_M, keys, index_k_pbD, index_q_MrD, who, count, K, scale, interpret):
-  """float32 [M, 2, r]: the greatest index score of each query of a tile, and the sum of exponentials above it."""
+def _stats(tiles, keys, index_k_pbD, index_q_MrD, who, K, scale, interpret):
   M, r, D = index_q_MrD.shape
+  page_M, who = of_the_page(tiles, keys, who, K)
   b = index_k_pbD.shape[1]
   tile, block, _ = _specs(K)
   return pl.pallas_call(
       functools.partial(_stats_kernel, scale=scale),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=1, grid=(count,),
+          num_scalar_prefetch=1, grid=(tiles.count,),
           in_specs=[tile(r, D), tile(2, r), block(b, D), block(1, b)], out_specs=tile(2, r),
       ),
       out_shape=jax.ShapeDtypeStruct((M, 2, r), jnp.float32),
@@ -138,15 +58,16 @@ def _stats(page_M, keys, index_k_pbD, index_q_MrD, who, count, K, scale, interpr
   )(page_M, index_q_MrD, who, index_k_pbD, keys.segment_p1b)
 
 
-def _diverge(page_M, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dindex_k, count, K, scales, interpret):
-  """float32 [M, 1, r], each pair's share of its query's divergence; dindex_q like index_q_MrD; dindex_k."""
+def _diverge(tiles, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dindex_k, K, scales, interpret):
   (M, rows, D), (r, Di) = q_MrD.shape, index_q_MrD.shape[1:]
   b, parts = index_k_pbD.shape[1], PARTS[q_MrD.dtype]
   tile, block, head = _specs(K)
-  return pl.pallas_call(
+  page_M, who = of_the_page(tiles, keys, who, K)
+  attention, index = (x[:, None] for x in logsumexps)
+  kl_M1r, *gradients = pl.pallas_call(
       functools.partial(_diverge_kernel, scales=scales, parts=parts),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=1, grid=(count,),
+          num_scalar_prefetch=1, grid=(tiles.count,),
           in_specs=[
               tile(rows, D), tile(1, rows), tile(r, Di), tile(1, r), tile(2, r),
               head(b, D), block(b, Di), block(1, b), head(b, Di),
@@ -165,9 +86,9 @@ def _diverge(page_M, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, din
       ),
       interpret=interpret, name='msa_divergence',
   )(
-      page_M, q_MrD, logsumexps[0], index_q_MrD, logsumexps[1], who, keys.k_pbX, index_k_pbD, keys.segment_p1b,
-      dindex_k,
+      page_M, q_MrD, attention, index_q_MrD, index, who, keys.k_pbX, index_k_pbD, keys.segment_p1b, dindex_k
   )
+  return kl_M1r[:, 0], *gradients
 
 
 def _specs(K):

@@ -1,22 +1,22 @@
-"""MiniMax Sparse Attention on Hopper: what the kernels of `index_gpu` and `sparse_gpu` make together.
+"""MiniMax Sparse Attention on Hopper, of the kernels in `index_gpu`, `sparse_gpu`, `divergence_gpu` and `decode_gpu`.
 
 Blocks are selected and attended to by Mosaic GPU kernels: in training, and for a prompt whose choices cover the cache,
-by those that read a block once for many queries, for a few new tokens by one that reads them where they stand. The index
-branch's divergence runs through XLA, over the same pairs of query and block, from the kernel's logsumexp
-(`sparse.selected_divergence`): it is paid in training only, as nothing asks for it elsewhere.
+by those that read a block once for many queries; for a few new tokens by one that reads them where they stand. Another
+makes the index branch's divergence, over the same pairs of query and block, from the attention's logsumexp; it is paid in
+training only, as nothing asks for it elsewhere.
 """
 
 import jax
 
-from mmx.kernels_pallas import decode_gpu, index_gpu, sparse_gpu
+from mmx.kernels_pallas import decode_gpu, divergence_gpu, index_gpu, sparse_gpu
 from mmx.kernels_pallas.chunks import places
-from mmx.kernels_pallas.sparse import selected_divergence
 from mmx.kernels_pallas.sparse_pairs import covers
 
 
 def unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k) -> str:
   """Why the kernels cannot serve these shapes, in a few words; '' if they can."""
   attention = sparse_gpu.unsupported(q_BTHDh, k_BTKDh, block_size, top_k)
+  attention = attention or divergence_gpu.unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi)
   return attention or index_gpu.unsupported(index_q_BTKDi, index_k_BTDi, block_size)
 
 
@@ -33,8 +33,9 @@ def msa_hopper(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
   out_BTHDh, logsumexp_BTKG = sparse_gpu.attend_blocks(
       q_BTHDh, k_BTKDh, v_BTKDh, ids_BTKk, slots_BT, segments, block_size, interpret=interpret
   )
-  kl_B = selected_divergence(
-      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size, part
+  kl_B = divergence_gpu.selected_divergence_hopper(
+      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size, interpret,
+      part,
   )
   return out_BTHDh, kl_B
 

@@ -389,7 +389,7 @@ def _sides(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_B
   c = _chunk_length(q_BTHDh, top_k)
   slots_BT, (_, key_segments) = places(segment_ids_BT, part)
   chunks = Queries(split(q_BTHDh, c), split(index_q_BTKDi, c), split(slots_BT, c, -1), split(segment_ids_BT, c))
-  heads_first = lambda a: None if a is None else jnp.moveaxis(_blocks(a, b), 3, 1)
+  heads_first = lambda a: jnp.moveaxis(_blocks(a, b), 3, 1)
   keys_of_heads = heads_first(k_BTKDh), heads_first(v_BTKDh)
   return chunks, Keys(*keys_of_heads, _blocks(index_k_BTDi, b), _blocks(key_segments, b))
 
@@ -443,49 +443,6 @@ def _backward(block_size, top_k, residuals, cotangents):
 
 
 msa_gather.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def selected_divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT,
-                        block_size, part=None):
-  """The divergence of `msa_gather` alone, for attention that was computed elsewhere: kl [B] float32.
-
-  Args:
-    ids_BTKk: from `select_blocks`.
-    logsumexp_BTKG: float32, of the scores of each query over its blocks.
-
-  The gradient reaches the index branch only, in closed form, and is made on the way forward.
-  """
-  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
-  return _divergence_forward(*arguments, block_size, part)[0]
-
-
-def _divergence_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT,
-                        block_size, part=None):
-  T, k = q_BTHDh.shape[1], ids_BTKk.shape[-1]
-  chunks, keys = _sides(q_BTHDh, k_BTKDh, None, index_q_BTKDi, index_k_BTDi, segment_ids_BT, part, block_size, k)
-  c = chunks.slot_Bc.shape[2]
-
-  def one_chunk(dindex_k_BPbDi, chunk):
-    queries, ids_BcKk, logsumexp_BcKG = chunk
-    logsumexp_NG = logsumexp_BcKG.reshape(-1, logsumexp_BcKG.shape[-1])
-    tiles = _plan(ids_BcKk, queries, keys)
-    kl_B, dindex_q, dindex_k_BPbDi = _divergence(queries, keys, tiles, logsumexp_NG, dindex_k_BPbDi)
-    return dindex_k_BPbDi, (kl_B, dindex_q)
-
-  start = jnp.zeros(keys.index_BPbDi.shape, jnp.float32)
-  dindex_k, (kl, dindex_q) = lax.scan(one_chunk, start, (chunks, split(ids_BTKk, c, -1), split(logsumexp_BTKG, c)))
-  dindex = join(dindex_q, T).astype(index_q_BTKDi.dtype), _unblock(dindex_k, index_k_BTDi)
-  return jnp.sum(kl, axis=0), (q_BTHDh, k_BTKDh, logsumexp_BTKG, dindex)
-
-
-def _divergence_backward(block_size, residuals, dkl_B):
-  q_BTHDh, k_BTKDh, logsumexp_BTKG, dindex = residuals
-  teacher = jnp.zeros_like(q_BTHDh), jnp.zeros_like(k_BTKDh)
-  return *teacher, *(_per_row(dkl_B, a) for a in dindex), None, jnp.zeros_like(logsumexp_BTKG), None, None
-
-
-selected_divergence.defvjp(_divergence_forward, _divergence_backward)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

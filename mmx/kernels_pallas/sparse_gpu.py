@@ -52,13 +52,14 @@ def attend_blocks(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, block
 
   `interpret` is False for the card, `hopper.simulator()` for tests.
   """
-  forward, backward = (functools.partial(function, interpret=interpret) for function in (_forward, _backward))
-  kernels = sparse_pairs.TileKernels(forward, backward, TILE_ROWS, STRIP)
+  both = (functools.partial(function, interpret=interpret) for function in (forward, _backward))
+  kernels = sparse_pairs.TileKernels(*both, TILE_ROWS, STRIP)
   inputs = q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments
   return sparse_pairs.attend_in_tiles(*inputs, block_size, kernels)
 
 
-def _forward(tiles, keys, q_MrD, who, K, scale, interpret):
+def forward(tiles, keys, q_MrD, who, K, scale, interpret):
+  """The forward kernel of `sparse_pairs.TileKernels`."""
   rows, D, b = *q_MrD.shape[1:], keys.k_pbX.shape[1]
   q_MrD, who = whole_strips(q_MrD, 1, 0), whole_strips(who, 2, -1)
   walk = Walk(keys.k_pbX.shape[0] // keys.last_B.shape[0], K, b, D, q_MrD.shape[1] // STRIP)
@@ -94,17 +95,22 @@ def _backward(tiles, keys, q_MrD, dout_MrD, who, stats, dkeys, K, scale, interpr
       plgpu.Barrier(num_arrivals=groups), plgpu.Barrier(num_arrivals=groups),
   ]
   dk_ref, dv_ref = (jax.new_ref(x, memory_space=plgpu.GMEM) for x in dkeys)  # written in place, where a query chose
-  part = jax.ShapeDtypeStruct((SHARES, b, D), jnp.float32)
+  part = part_of_sums(b, D)
   dq, dk_part, dv_part = launch(
       functools.partial(_backward_kernel, walk=walk, scale=scale, interpret=interpret), threads=groups + 1,
       scratch=scratch, out_type=[jax.ShapeDtypeStruct(q_MrD.shape, dtype), part, part],
       cost=_cost(q_MrD, b, products=5, tensors=3), interpret=interpret, name='msa_attend_blocks_backward',
   )(*runs(tiles), q_MrD, dout_MrD, who, stats, keys.k_pbX, keys.v_pbX, keys.segment_p1b, dk_ref, dv_ref)
+  add_parts(tiles, walk, (dk_part, dv_part), (dk_ref, dv_ref), interpret)
+  return dq[:, :rows], dk_ref[...], dv_ref[...]
+
+
+def add_parts(tiles, walk, parts, sum_refs, interpret):
+  """Adds what `Walk.add` left apart, arrays [C, b, D], to the sums that it belongs to."""
   launch(
       functools.partial(_add_kernel, walk=walk, interpret=interpret), threads=1, scratch=[],
-      out_type=[], cost=None, interpret=interpret, name='msa_attend_blocks_add',
-  )(*chains(tiles, walk.strips), dk_part, dv_part, dk_ref, dv_ref)
-  return dq[:, :rows], dk_ref[...], dv_ref[...]
+      out_type=[], cost=None, interpret=interpret, name='msa_add_parts',
+  )(*chains(tiles, walk.strips), *parts, *sum_refs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,6 +156,31 @@ class Walk(NamedTuple):
   def place(self, page):
     """Where the page's keys stand: block of [B*P, b, K*D], and the columns of its head."""
     return page // (self.P * self.K) * self.P + page % self.P, pl.ds(page // self.P % self.K * self.D, self.D)
+
+
+  def add(self, page_ref, page, first, mine, sums, interpret):
+    """Adds to a page's sums what a share has found from strip `first` on, or leaves it apart where another share began.
+
+    sums: (float32 [STRIP, D] of the page's keys `mine`, where the sums stand [B*P, b, K*D], where they stand apart).
+    """
+    place, head = self.place(page)
+    amid = (first > 0) & (page_ref[jnp.maximum(first - 1, 0) // self.strips] == page)
+
+    @pl.when(amid)
+    def _():
+      for value, _, part_ref in sums:
+        part_ref[lax.axis_index('share'), mine] = value
+
+    @pl.when(jnp.logical_not(amid))
+    def _():
+      for value, sum_ref, _ in sums:
+        here = sum_ref.at[place, mine, head]
+        here[...] = hopper.read(here, plgpu.Layout.WGMMA, interpret) + value
+
+
+def part_of_sums(b, D):
+  """Where the shares leave what `Walk.add` does not add."""
+  return jax.ShapeDtypeStruct((SHARES, b, D), jnp.float32)
 
 
 def runs(tiles):
@@ -372,31 +403,19 @@ def _backward_kernel(
       zeros = hopper.cast(jnp.zeros((STRIP, walk.D), jnp.float32), plgpu.Layout.WGMMA, interpret)
       dk, dv = lax.fori_loop(first, end, strip, (zeros, zeros))
       plgpu.barrier_arrive(keys_free.at[buffer])
-      place, head = walk.place(page)
-      amid = (first > 0) & (page_ref[jnp.maximum(first - 1, 0) // walk.strips] == page)
-
-      @pl.when(amid)  # a share before this one has the page's sum
-      def _():
-        dk_part_ref[lax.axis_index('share'), mine] = dk
-        dv_part_ref[lax.axis_index('share'), mine] = dv
-
-      @pl.when(jnp.logical_not(amid))
-      def _():
-        for sum_ref, value in (dk_ref, dk), (dv_ref, dv):
-          here = sum_ref.at[place, mine, head]
-          here[...] = hopper.read(here, plgpu.Layout.WGMMA, interpret) + value
+      walk.add(page_ref, page, first, mine, [(dk, dk_ref, dk_part_ref), (dv, dv_ref, dv_part_ref)], interpret)
 
     walk.runs(share, page_ref, end_ref, one_run)
     plgpu.barrier_wait(dscores_free)
 
 
-def _add_kernel(page_ref, length_ref, dk_part_ref, dv_part_ref, dk_ref, dv_ref, *, walk, interpret):
+def _add_kernel(page_ref, length_ref, *refs, walk, interpret):
   index = lax.axis_index('share')
 
   @pl.when(length_ref[index] > 0)
   def _():
     place, head = walk.place(page_ref[index])
-    for part_ref, sum_ref in (dk_part_ref, dk_ref), (dv_part_ref, dv_ref):
+    for part_ref, sum_ref in zip(refs[: len(refs) // 2], refs[len(refs) // 2 :]):
       for first in range(0, walk.b, STRIP):
         slots = pl.ds(first, STRIP)
         here = sum_ref.at[place, slots, head]

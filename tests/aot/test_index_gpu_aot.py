@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mmx.kernels_pallas import hopper, index_gpu
+from mmx.kernels_pallas import index_gpu
 
 
 @pytest.fixture

@@ -112,29 +112,6 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize('shape', SHAPES[:3])
-def test_divergence_of_attention_from_elsewhere_equals_oracle_in_value_and_gradients(shape):
-  """From ids and logsumexp of a dense softmax over the chosen blocks."""
-  *shape, block, top_k = shape
-  q, k, v, index_q, index_k, segments = args = inputs(*shape)
-  B, T, H, Dh = q.shape
-  K = k.shape[2]
-  ids_BTKk = reference.msa_select(index_q, index_k, segments, block, top_k)
-  chosen_BTKS = jnp.any(ids_BTKk[..., None] == jnp.arange(T).reshape(1, 1, 1, 1, T) // block, axis=3)
-  visible_BTS = (causal(B, T)[..., None] >= causal(B, T)[:, None]) & (segments[..., None] == segments[:, None])
-  scores = jnp.einsum('btkgd,bskd->btkgs', q.reshape(B, T, K, H // K, Dh), k) * Dh**-0.5
-  scores = jnp.where((chosen_BTKS & visible_BTS[:, :, None])[:, :, :, None], scores, -jnp.inf)
-  logsumexp = jax.nn.logsumexp(scores, axis=-1)
-
-  def with_attention_elsewhere(q, k, v, index_q, index_k, segments):
-    kl = sparse.selected_divergence(q, k, index_q, index_k, ids_BTKk, logsumexp, segments, block)
-    return reference.msa(q, k, v, index_q, index_k, segments, block, top_k)[0], kl
-
-  got = value_and_gradients(with_attention_elsewhere, args)
-  for g, want in zip(got, value_and_gradients(lambda *a: reference.msa(*a, block, top_k), args)):
-    np.testing.assert_allclose(g, want, rtol=2e-4, atol=2e-5)
-
-
 @pytest.mark.parametrize('shape', SHAPES)
 def test_msa_gather_equals_oracle_in_values_and_gradients(shape):
   *shape, block, top_k = shape
