@@ -38,6 +38,7 @@ class Layout(NamedTuple):
   rows: int
   tokens: int  # of a row
   mesh: config.MeshConfig
+  remat: str = ''  # the model's own if empty
 
 
 def over(expert, context=1, fsdp=1):
@@ -56,7 +57,7 @@ LAYOUTS = {
     },
     'v6e_256': {
         '8k': Layout(256, 8192, over(256)), '32k': Layout(16, 32768, over(16, 16)),
-        '192k': Layout(16, 196608, over(16, 16)),
+        '192k': Layout(16, 196608, over(16, 16), 'offload'),
     },
     'h200_32': {
         '8k': Layout(32, 8192, over(32)), '32k': Layout(8, 32768, over(8, 4)), '192k': Layout(2, 196608, over(2, 16)),
@@ -110,7 +111,8 @@ def laid(experiment):
 
 def stage(base, layouts, name):
   """`base` at the length of a stage, for as many steps as its tokens take."""
-  rows, tokens, mesh = layouts[name]
+  rows, tokens, mesh, remat = layouts[name]
   steps = CPU_STEPS[name] if layouts is LAYOUTS['cpu'] else int(TOKENS[name] / (rows * tokens))
   axes = {f'mesh.{axis}': getattr(mesh, axis) for axis in config.MESH_AXES}
-  return config.override(base, {'data.batch_size': rows, 'data.seq_len': tokens, 'train.steps': steps} | axes)
+  room = {'model.remat': remat} if remat else {}
+  return config.override(base, {'data.batch_size': rows, 'data.seq_len': tokens, 'train.steps': steps} | axes | room)
