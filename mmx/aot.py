@@ -122,7 +122,8 @@ def advice(experiment: config.Experiment) -> str:
   """What would take less memory, the most telling first."""
   m, mesh = experiment.model, experiment.mesh
   ways = [
-      (m.remat != 'full', f"--set model.remat=full keeps one activation a layer; it is {m.remat!r}"),
+      (m.remat not in ('full', 'offload'), f"--set model.remat=full keeps one activation a layer; it is {m.remat!r}"),
+      (m.remat == 'full', "--set model.remat=offload keeps each layer's one activation in the host's memory"),
       (m.moe.capacity_factor == 0 and mesh.expert > 1,
        '--set model.moe.capacity_factor=1.5 bounds what an expert may receive; dropless, buffers hold the worst case'),
       (not experiment.train.loss_chunk, '--set train.loss_chunk=8192 makes logits in pieces'),
