@@ -21,4 +21,4 @@ def test_training_holds_nothing_over_the_square_of_the_length(compile_for_hopper
   # Selection, attention, its gradient, index scores, divergence.
   assert sum('wgmma.mma_async' in kernel.ptx for kernel in kernels) == 5
   assert all(kernel.spilled == 0 for kernel in kernels)
-  assert compiled.memory_analysis().temp_size_in_bytes < 8 * GIB  # scores of all pairs of tokens: 64 GiB in float32
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * GIB  # scores of all pairs of tokens: 64 GiB in float32
