@@ -23,3 +23,23 @@ def compiled_once():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(thread_map, '_run_jaxpr', run)
     yield
+
+
+@pytest.fixture
+def races(monkeypatch):
+  """races() -> whether the simulator saw one in any kernel of this test. It keeps those of the last kernel itself."""
+  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+  name = next(name for name in ('GPURaceDetectionState', 'RaceDetectionState') if hasattr(gpu_callbacks, name))
+  make, kept = getattr(gpu_callbacks, name), []
+
+  def keep(**options):
+    kept.append(make(**options))
+    return kept[-1]
+
+  def found():
+    assert kept, 'no kernel was simulated'
+    return any(state.races_found for state in kept)
+
+  monkeypatch.setattr(gpu_callbacks, name, keep)
+  return found

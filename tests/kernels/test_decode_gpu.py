@@ -28,10 +28,8 @@ def test_a_query_attends_to_what_it_chose_and_sees(shape, processors, monkeypatc
   np.testing.assert_allclose(found.astype(jnp.float32), slow_attention(*arguments, block), rtol=0.02, atol=0.01)
 
 
-def test_pages_in_any_order_equal_a_cache_of_each_row_and_nothing_races(monkeypatch):
+def test_pages_in_any_order_equal_a_cache_of_each_row_and_nothing_races(monkeypatch, races):
   """Two rows with one beginning in the same page, behind it their own, all shuffled among NaN."""
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
   monkeypatch.setattr(decode_gpu, 'MULTIPROCESSORS', 1)  # all three blocks of a query pass through the same memory
   monkeypatch.setattr(decode_gpu, 'STAGES', 2)
   block, K, Dh = 64, 1, 64
@@ -50,7 +48,7 @@ def test_pages_in_any_order_equal_a_cache_of_each_row_and_nothing_races(monkeypa
   run = jax.jit(lambda *a, **named: attend_chosen(*a, block, **named, interpret=hopper.simulator(detect_races=True)))
   found = run(q, pool(k), pool(v), ids, slots, pages_BP=jnp.asarray(pages, jnp.int32))
   np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (found, run(q, k, v, ids, slots))))
-  assert np.any(np.asarray(found, np.float32)) and not interpret_pallas_call.get_races().races_found
+  assert np.any(np.asarray(found, np.float32)) and not races()
 
 
 @pytest.mark.parametrize('change, word', [

@@ -33,16 +33,14 @@ def test_value_and_gradients_are_the_oracles_and_attention_gets_none(monkeypatch
   assert not any(jnp.any(a) for a in others)
 
 
-def test_nan_of_padding_reaches_no_value_or_gradient_and_nothing_races(monkeypatch):
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
+def test_nan_of_padding_reaches_no_value_or_gradient_and_nothing_races(monkeypatch, races):
   monkeypatch.setattr(sparse_gpu, 'SHARES', 1)
   (*arrays, segments), b, top_k = make(B=1, T=140, H=8, K=1, Dh=64, Di=64, b=128, k=2, dtype=jnp.bfloat16, padded=9)
   want, ids, logsumexp = by_oracle((*arrays, segments), b, top_k)
   poison = lambda a: jnp.where((segments == 0).reshape(*segments.shape, *[1] * (a.ndim - 2)), jnp.nan, a)
   got, _ = value_and_gradients(watched, (*map(poison, arrays), segments), ids, poison(logsumexp), b)
   assert_close(got, want, TOLERANCE[jnp.bfloat16])
-  assert not interpret_pallas_call.get_races().races_found
+  assert not races()
 
 
 @pytest.mark.parametrize('H, Di, word', [(34, 64, 'per kv head'), (16, 192, 'index dim'), (32, 128, '')])

@@ -153,14 +153,12 @@ def test_tiles_that_no_query_sees_are_skipped_and_those_that_all_see_are_not_mas
   assert tiles(third, (jnp.full((1, 4), 4), jnp.asarray(key_segments))).tolist() == [[[1, 5, 2, 4]]]
 
 
-def test_copies_and_barriers_have_no_races(monkeypatch):
+def test_copies_and_barriers_have_no_races(monkeypatch, races):
   """Five tiles of keys go through two stages of shared memory, into two warpgroups."""
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
   monkeypatch.setattr(index_gpu, 'STAGE_BYTES', 2 * index_gpu.KEYS * 64 * 2)
   *arrays, segments = inputs(1, 40, 640, 2, 64)
   assert_same_blocks((*arrays, segments), 128, 3, detect_races=True)
-  assert not interpret_pallas_call.get_races().races_found
+  assert not races()
 
 
 def test_selection_has_no_gradient():

@@ -107,17 +107,15 @@ def test_nothing_overflows_where_decay_is_fast_and_chunks_are_long():
 
 
 @pytest.mark.parametrize('backwards', [False, True])
-def test_copies_and_barriers_have_no_races(backwards):
+def test_copies_and_barriers_have_no_races(backwards, races):
   """Six chunks go through four stages of shared memory, and six states through two."""
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
   q, k, v, slopes, segments, state = inputs(1, 384, 1, 64)
   steps = lightning_gpu.count_steps(segments, 64)
   found = jax.jit(lambda *a: lightning_gpu._pass(*a, 64, hopper.simulator(detect_races=True), backwards))(
       q, k, v, state, slopes, steps
   )
   assert all(bool(jnp.isfinite(a).all()) for a in found)
-  assert not interpret_pallas_call.get_races().races_found
+  assert not races()
 
 
 @pytest.mark.parametrize('chunk, Dh', [(64, 64), (128, 128)])
