@@ -177,6 +177,7 @@ def _kernel(
           scores = hopper.product(k_smem.at[here, mine], q_smem.at[stage], interpret, transpose_b=True) * scales[0]
           # Keys that a query does not see may score above what it sees, where infinity would be no number in sums.
           probability = jnp.exp(jnp.minimum(scores - over_rows(attention_smem[stage]), 0)) / G
+          plgpu.commit_smem()  # numbers that were read: a copy in bulk may now write there
           plgpu.barrier_arrive(free.at[stage])
           width = -(-G // WIDTH) * WIDTH
           for i in range(STRIP // width):
