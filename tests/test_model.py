@@ -106,7 +106,8 @@ def test_scan_equals_unrolled(pattern):
 
 
 @pytest.mark.parametrize('remat, pattern', [
-    ('full', {}), ('mixer', {}), ('offload', {}), pytest.param('dots', {}, marks=LONG), pytest.param('full', MIXED, marks=LONG),
+    ('full', {}), ('offload', {}), *(pytest.param(policy, {}, marks=LONG) for policy in ('mixer', 'dots')),
+    pytest.param('full', MIXED, marks=LONG),
 ])
 def test_remat_equals_no_remat(remat, pattern):
   kept = tiny.experiment(**pattern)

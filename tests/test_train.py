@@ -442,6 +442,7 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(place, one_run):
 # --- every part at once -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # 15 to 30 s; each part has tests of its own
 def test_mtp_capacity_accumulation_cosine_and_bfloat16_train_through_the_command(here, place):
   assert here('--workdir=parts', '--arm=fine', '--seeds=3', *settings(
       model__mtp__depth=1, model__moe__capacity_factor=1.0, model__moe__balance_loss_weight=0.01,
@@ -456,6 +457,7 @@ def test_mtp_capacity_accumulation_cosine_and_bfloat16_train_through_the_command
   assert layers == [f'load_max_over_mean/layer_{layer:02d}' for layer in range(3)]  # two layers and the module
 
 
+@pytest.mark.slow  # 15 to 30 s; as test_train_step.py, which does without the command
 def test_eight_devices_through_the_command_equal_one(place, here, compiled):
   mesh = settings(mesh__num_devices=8, mesh__expert=2, mesh__fsdp=2, mesh__tensor=2)
   assert here('--workdir=eight', '--arm=coarse', '--seeds=0', *mesh) is None

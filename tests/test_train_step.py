@@ -50,12 +50,12 @@ MESHES = {
 }
 
 
-SLOW = 'replica8', 'fsdp2 tensor2 replica2', 'expert8 padded'  # 10 to 15 s each; others have their axes too
+SLOW = 'replica8', 'fsdp8', 'fsdp2 tensor2 replica2', 'expert8 padded'  # 10 to 15 s each; others have their axes too
 
 
 @pytest.mark.parametrize('mesh, large', [
     *(pytest.param(mesh, sharding.LARGE, marks=pytest.mark.slow if mesh in SLOW else ()) for mesh in MESHES),
-    ('expert4 fsdp2 ring', 1),
+    pytest.param('expert4 fsdp2 ring', 1, marks=pytest.mark.slow),  # as test_mesh_axes.py does on other meshes
 ])
 def test_eight_devices_equal_one(one_device, mesh, large, monkeypatch):
   monkeypatch.setattr(sharding, 'LARGE', large)  # at 1 every matrix is split over 'expert' too
