@@ -6,11 +6,9 @@ makes the index branch's divergence, over the same pairs of query and block, fro
 training only, as nothing asks for it elsewhere.
 """
 
-import jax
-
 from mmx.kernels_pallas import decode_gpu, divergence_gpu, index_gpu, sparse_gpu
 from mmx.kernels_pallas.chunks import places
-from mmx.kernels_pallas.sparse_pairs import covers
+from mmx.kernels_pallas.sparse_pairs import attend_cached
 
 
 def unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k) -> str:
@@ -55,10 +53,5 @@ def msa_cached_hopper(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, sl
   ids_BTKk = index_gpu.select_blocks_gpu(
       index_q_BTKDi, index_k_BSDi, slots_BT, None, block_size, top_k, interpret=interpret
   )
-  B, K, S, Dh = k_BKSDh.shape
-  copied = jax.ShapeDtypeStruct((B, S, K, Dh), k_BKSDh.dtype)
-  few = not covers(q_BTHDh.shape[1], top_k, block_size, S)
-  if few or sparse_gpu.unsupported(q_BTHDh, copied, block_size, top_k):
-    return decode_gpu.attend_chosen(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size, interpret=interpret)
-  k_BSKDh, v_BSKDh = k_BKSDh.swapaxes(1, 2), v_BKSDh.swapaxes(1, 2)
-  return sparse_gpu.attend_blocks(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, None, block_size, interpret)[0]
+  inputs = q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT
+  return attend_cached(*inputs, block_size, decode_gpu, sparse_gpu, interpret)

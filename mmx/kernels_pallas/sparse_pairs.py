@@ -76,6 +76,20 @@ def covers(T, top_k, block_size, S) -> bool:
   return T * top_k * block_size >= COVER * S
 
 
+def attend_cached(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size, decode, sparse, interpret):
+  """Attention against a cache by two modules of a platform: `decode.attend_chosen` reads each query's blocks where they
+  stand; where choices cover the cache, it is copied for `sparse.attend_blocks`. Returns [B, T, H, Dh].
+  """
+  B, K, S, Dh = k_BKSDh.shape
+  top_k = ids_BTKk.shape[3]
+  copied = jax.ShapeDtypeStruct((B, S, K, Dh), k_BKSDh.dtype)
+  few = not covers(q_BTHDh.shape[1], top_k, block_size, S)
+  if few or sparse.unsupported(q_BTHDh, copied, block_size, top_k):
+    return decode.attend_chosen(q_BTHDh, k_BKSDh, v_BKSDh, ids_BTKk, slots_BT, block_size, interpret=interpret)
+  k_BSKDh, v_BSKDh = k_BKSDh.swapaxes(1, 2), v_BKSDh.swapaxes(1, 2)
+  return sparse.attend_blocks(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, None, block_size, interpret)[0]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def attend_in_tiles(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, block_size, kernels: TileKernels):
   """Softmax attention of each query and kv head over its blocks, up to the query's slot and within its segment.
