@@ -115,6 +115,16 @@ def test_remat_equals_no_remat(remat, pattern):
   close(gradients(config.override(kept, {'model.remat': remat}), tree, batch), gradients(kept, tree, batch))
 
 
+def test_offload_and_no_other_policy_sends_blocks_inputs_to_the_hosts_memory():
+  tree, batch = variables(tiny.BASE.model), tiny.batch()
+
+  def sent(remat):
+    step = loss_and_gradients(config.override(tiny.BASE, {'model.remat': remat}))
+    return str(step.trace(tree['params'], tree['router'], batch).jaxpr).count('device_put')
+
+  assert sent('offload') > 0 == sent('full')
+
+
 @pytest.mark.parametrize('norm, norm_of', [
     ('rms', lambda x, w: x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6) * w),
     ('gemma', lambda x, w: x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6) * (1 + w)),

@@ -83,9 +83,9 @@ def _diverge(tiles, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dind
       plgpu.Barrier(num_arrivals=groups), plgpu.Barrier(num_arrivals=groups),
   ]
   dindex_k_ref = jax.new_ref(dindex_k, memory_space=plgpu.GMEM)  # written in place, where a query chose
+  kernel = functools.partial(_kernel, walk=walk, h=h, G=G, width=width, scales=scales, interpret=interpret)
   kl, dindex_q, dindex_k_part = sparse_gpu.launch(
-      functools.partial(_kernel, walk=walk, h=h, G=G, scales=scales, interpret=interpret), threads=groups + 1,
-      scratch=scratch, out_type=[
+      kernel, threads=groups + 1, scratch=scratch, out_type=[
           jax.ShapeDtypeStruct((M, groups, STRIP), jnp.float32), jax.ShapeDtypeStruct((M, STRIP, D), dtype),
           sparse_gpu.part_of_sums(b, D),
       ], cost=_cost(q_MrD, b), interpret=interpret, name='msa_divergence',
@@ -113,7 +113,7 @@ def _kernel(
     page_ref, end_ref, count_ref, q_ref, attention_ref, index_q_ref, who_ref, index_ref, k_ref, index_k_ref, segment_ref,
     dindex_k_ref, kl_ref, dindex_q_ref, part_ref,
     q_smem, attention_smem, who_smem, index_smem, k_smem, index_k_smem, segment_smem, teacher_smem, dscores_smem, kl_smem,
-    full, asked, free, keys_full, keys_free, dscores_full, dscores_free, *, walk, h, G, scales, interpret):
+    full, asked, free, keys_full, keys_free, dscores_full, dscores_free, *, walk, h, G, width, scales, interpret):
   group, groups = lax.axis_index('group'), walk.b // STRIP
   share = walk.share(count_ref)
   stage_of = lambda tile, strip: (tile * (h + 1) + strip) % 2  # the index queries are strip h
@@ -179,7 +179,6 @@ def _kernel(
           probability = jnp.exp(jnp.minimum(scores - over_rows(attention_smem[stage]), 0)) / G
           plgpu.commit_smem()  # numbers that were read: a copy in bulk may now write there
           plgpu.barrier_arrive(free.at[stage])
-          width = -(-G // WIDTH) * WIDTH
           for i in range(STRIP // width):
             heads = probability[:, i * width : (i + 1) * width]
             teacher_mine[strip * (STRIP // width) + i] = jnp.sum(heads, axis=1)
