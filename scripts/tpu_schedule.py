@@ -128,7 +128,8 @@ def splash():
 
 KERNELS = {  # name: (what makes function and arguments, the name it compiles to, a step, multiplications of a step)
     'msa_attend_blocks': (
-        functools.partial(attend, 512), 'msa_attend_blocks', '512 rows of queries, a block', 2 * 512 * BLOCK * D),
+        functools.partial(attend, 512), 'msa_attend_blocks', f'{sparse_tpu.TILES} of 512 rows of queries, a block each',
+        sparse_tpu.TILES * 2 * 512 * BLOCK * D),
     'msa_attend_blocks_backward': (
         functools.partial(attend, 512, True), 'msa_attend_blocks_backward', '512 rows of queries, a block',
         5 * 512 * BLOCK * D),
@@ -140,7 +141,8 @@ KERNELS = {  # name: (what makes function and arguments, the name it compiles to
 }
 for rows in (16, 32, 64, 128, 256):  # tiles where fewer queries share a block
   KERNELS[f'msa_attend_blocks_{rows}'] = (
-      functools.partial(attend, rows), 'msa_attend_blocks', f'{rows} rows of queries, a block', 2 * rows * BLOCK * D)
+      functools.partial(attend, rows), 'msa_attend_blocks', f'{sparse_tpu.TILES} of {rows} rows of queries, a block each',
+      sparse_tpu.TILES * 2 * rows * BLOCK * D)
 
 ALL = [name for name in KERNELS if not re.search(r'\d', name)]
 KERNEL = flags.DEFINE_multi_enum('kernel', ALL, list(KERNELS), 'Which kernel; repeat it for several.')
@@ -284,7 +286,7 @@ def blocks(tokens, chip):
   name = 'msa_attend_blocks' if r * G == sparse_tpu.TILE_ROWS else f'msa_attend_blocks_{r * G}'
   sampled = np.linspace(c, tokens, SAMPLES).astype(int)
   tiles, pages = (np.mean(n) * tokens / c * K for n in zip(*(tiles_of(end, c, r) for end in sampled)))
-  return tiles * schedule(name, chip)['cycles'], 2 * (tiles * 2 * r * G * D + pages * 2 * BLOCK * D)
+  return tiles * schedule(name, chip)['cycles'] / sparse_tpu.TILES, 2 * (tiles * 2 * r * G * D + pages * 2 * BLOCK * D)
 
 
 def tiles_of(end, c, r):

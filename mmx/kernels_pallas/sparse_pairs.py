@@ -54,6 +54,7 @@ class TileKernels(NamedTuple):
   backward: Callable
   tile_rows: int  # most r*G
   least_rows: int = 1  # below which a tile costs no less
+  together: int = 1  # tiles at once: the most tiles are a multiple of it
 
 
 def unsupported(q_BTHDh, k_BSKDh, block_size, top_k, tile_rows) -> str:
@@ -157,7 +158,7 @@ attend_in_tiles.defvjp(_forward, _backward)
 
 def _tiles(queries, keys, kernels):
   G = queries.q_BcHD.shape[2] // queries.ids_BcKk.shape[2]
-  return plan(queries, keys, kernels.tile_rows, kernels.least_rows // G)
+  return plan(queries, keys, kernels.tile_rows, kernels.least_rows // G, kernels.together)
 
 
 def _attend(queries, keys, tiles, K, scale, kernels):
@@ -273,14 +274,16 @@ class Tiles(NamedTuple):
   valid_Nk: jax.Array
 
 
-def plan(queries, keys, tile_rows, least=1) -> Tiles:
-  """Sorts the pairs of one chunk by page and cuts the run of each page into tiles of at least `least` queries."""
+def plan(queries, keys, tile_rows, least=1, together=1) -> Tiles:
+  """Sorts the pairs of one chunk by page and cuts the run of each page into tiles of at least `least` queries; the most
+  tiles are a multiple of `together`.
+  """
   B, c, K, k = queries.ids_BcKk.shape
   P, G = keys.k_pbX.shape[0] // B, queries.q_BcHD.shape[2] // K
   N, R, pages = B * c * K, B * c * K * k, B * K * P
   shared = max(1, R // pages)  # queries that choose a block, on average
   r = min(max(2 ** (shared.bit_length() - 1), -(-16 // G), least), max(1, tile_rows // G))
-  M = min(R, R // r + pages)
+  M = -(-min(R, R // r + pages) // together) * together
 
   first_page_BK = (jnp.arange(B, dtype=jnp.int32)[:, None] * K + jnp.arange(K, dtype=jnp.int32)[None]) * P
   valid_BcKk = (queries.ids_BcKk >= 0) & (queries.slot_Bc >= 0)[:, :, None, None]

@@ -9,7 +9,8 @@ of lanes, reductions over keys need no exchange between lanes, and the gradients
 What a step of the grid costs beside its products is counted by `scripts/tpu_schedule.py`. Hence a page comes to the
 kernel as its row of blocks and its head in one word, for each window would divide by P and K; copies are not checked
 against bounds that a plan keeps by construction; scores are masked once, far below every maximum, where weights would
-be masked again; and the rows of a tile go through at once.
+be masked again; and the rows of a tile go through at once. Forward, a step takes four tiles, and makes the scores of
+all of them first: what one of them waits for, the others fill (v5p 561 cycles a tile where one a step takes 952).
 
 Letters as in `sparse_pairs`.
 """
@@ -28,6 +29,8 @@ from mmx.kernels_pallas.chunks import kernel_product
 from mmx.kernels_pallas.sparse import MASKED
 
 TILE_ROWS = 512  # most r*G: what a step of the grid costs beside its products is less than they are
+TILES = 4  # of a step forward, if one is of TILE_BYTES at most
+TILE_BYTES = 2**18  # of queries: with as many of outputs, and each twice for the copies, 4 MiB of VMEM
 LOG2E = math.log2(math.e)
 PARAMS = pltpu.CompilerParams(dimension_semantics=('arbitrary',), disable_bounds_checks=True)
 
@@ -48,29 +51,30 @@ def attend_blocks(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, block
 def kernels(interpret=False):
   """The two kernels as `sparse_pairs.TileKernels`."""
   forward, backward = (functools.partial(function, interpret=interpret) for function in (_forward, _backward))
-  return sparse_pairs.TileKernels(forward, backward, TILE_ROWS)
+  return sparse_pairs.TileKernels(forward, backward, TILE_ROWS, together=TILES)
 
 
 def _forward(tiles, keys, q_MrD, who, K, scale, interpret):
-  M, rows, _ = q_MrD.shape
+  M, rows, D = q_MrD.shape
+  W = TILES if rows * D * q_MrD.dtype.itemsize <= TILE_BYTES else 1
   page_M, who = of_the_page(tiles, keys, who, K)
-  tile, lanes, block, segment = _specs(q_MrD, keys, K)
+  tile, lanes, blocks, segments = _specs(q_MrD, keys, K, W)
   return pl.pallas_call(
       functools.partial(_forward_kernel, scale=scale),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=1, grid=(tiles.count,),
-          in_specs=[tile, lanes, block, block, segment], out_specs=[tile, lanes],
+          num_scalar_prefetch=1, grid=(pl.cdiv(tiles.count, W),),
+          in_specs=[tile, lanes, blocks, blocks, segments], out_specs=[tile, lanes],
       ),
       out_shape=[jax.ShapeDtypeStruct(q_MrD.shape, q_MrD.dtype), jax.ShapeDtypeStruct((M, 2, rows), jnp.float32)],
       compiler_params=PARAMS,
       cost_estimate=_cost(q_MrD, keys, products=2, tensors=2),
       interpret=interpret, name='msa_attend_blocks',
-  )(page_M, q_MrD, who, keys.k_pbX, keys.v_pbX, keys.segment_p1b)
+  )(page_M, q_MrD, who, [keys.k_pbX] * W, [keys.v_pbX] * W, [keys.segment_p1b] * W)
 
 
 def _backward(tiles, keys, q_MrD, dout_MrD, who, stats, dkeys, K, scale, interpret):
   page_M, who = of_the_page(tiles, keys, who, K)
-  tile, lanes, block, segment = _specs(q_MrD, keys, K)
+  tile, lanes, (block,), (segment,) = _specs(q_MrD, keys, K)
   return pl.pallas_call(
       functools.partial(_backward_kernel, scale=scale),
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -94,16 +98,18 @@ def of_the_page(tiles, keys, who, K):
   return row_block_M * 2 ** K.bit_length() + head_M, who - first_M2[..., None]
 
 
-def _specs(q_MrD, keys, K):
-  """BlockSpecs of a tile's rows [rows, D], its two rows of lanes, a block of one head, and the segments of a block."""
+def _specs(q_MrD, keys, K, W=1):
+  """BlockSpecs of the rows of W tiles [W, rows, D] and their two rows of lanes [W, 2, rows]; and of each tile its block
+  of one head, and the segments of the block.
+  """
   b, (_, rows, D) = keys.k_pbX.shape[1], q_MrD.shape
   bits = K.bit_length()
-  return (
-      pl.BlockSpec((1, rows, D), lambda m, page: (m, 0, 0)),
-      pl.BlockSpec((1, 2, rows), lambda m, page: (m, 0, 0)),
-      pl.BlockSpec((1, b, D), lambda m, page: (page[m] >> bits, 0, page[m] & 2**bits - 1)),
-      pl.BlockSpec((1, 1, b), lambda m, page: (page[m] >> bits, 0, 0)),
+  tiles = lambda *shape: pl.BlockSpec((W, *shape), lambda m, page: (m, 0, 0))
+  of_page = lambda i, shape, column: pl.BlockSpec(
+      (1, *shape), lambda m, page: (page[m * W + i] >> bits, 0, column(page[m * W + i]))
   )
+  blocks = [of_page(i, (b, D), lambda page: page & 2**bits - 1) for i in range(W)]
+  return tiles(rows, D), tiles(2, rows), blocks, [of_page(i, (1, b), lambda page: 0) for i in range(W)]
 
 
 def _cost(q_MrD, keys, products, tensors):
@@ -130,14 +136,15 @@ def _scores(k_bD, q_rD, who_ref, segment_ref):
   return jnp.where(visible(who_ref, segment_ref), kernel_product(k_bD, q_rD, 1, 1), MASKED)
 
 
-def _forward_kernel(page_ref, q_ref, who_ref, k_ref, v_ref, segment_ref, out_ref, stats_ref, *, scale):
-  v_bD = v_ref[0]
-  scores = _scores(k_ref[0], q_ref[0], who_ref, segment_ref)
-  top = jnp.maximum(jnp.max(scores, axis=0, keepdims=True), MASKED / 2)  # what is masked lies far below, ever
-  weights = jnp.exp2((scores - top) * (scale * LOG2E))
-  stats_ref[0, :1] = top * scale
-  stats_ref[0, 1:] = jnp.sum(weights, axis=0, keepdims=True)
-  out_ref[0] = kernel_product(weights.astype(v_bD.dtype), v_bD, 0, 0).astype(out_ref.dtype)
+def _forward_kernel(page_ref, q_ref, who_ref, k_refs, v_refs, segment_refs, out_ref, stats_ref, *, scale):
+  of_tile = lambda i: _scores(k_refs[i][0], q_ref[i], who_ref.at[pl.ds(i, 1)], segment_refs[i])
+  for i, scores in enumerate([of_tile(i) for i in range(len(k_refs))]):
+    v_bD = v_refs[i][0]
+    top = jnp.maximum(jnp.max(scores, axis=0, keepdims=True), MASKED / 2)  # what is masked lies far below, ever
+    weights = jnp.exp2((scores - top) * (scale * LOG2E))
+    stats_ref[i, :1] = top * scale
+    stats_ref[i, 1:] = jnp.sum(weights, axis=0, keepdims=True)
+    out_ref[i] = kernel_product(weights.astype(v_bD.dtype), v_bD, 0, 0).astype(out_ref.dtype)
 
 
 def _backward_kernel(

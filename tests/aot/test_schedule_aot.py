@@ -14,8 +14,9 @@ def tpu_schedule(monkeypatch):
 
 
 @pytest.mark.parametrize('kernel', ['msa_attend_blocks', 'msa_attend_blocks_backward'])
-def test_attention_over_blocks_fills_30_percent_of_the_matrix_units_of_v5p(tpu_schedule, kernel):
-  report = tpu_schedule.schedule(kernel, 'v5p')
+@pytest.mark.parametrize('chip', ['v5p', 'v6e'])
+def test_attention_over_blocks_fills_30_percent_of_the_matrix_units(tpu_schedule, kernel, chip):
+  report = tpu_schedule.schedule(kernel, chip)
   assert report['share'] >= 0.3
   assert report['share'] == report['ideal'] / report['bundles']
 

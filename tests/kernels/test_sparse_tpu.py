@@ -98,6 +98,15 @@ def test_values_and_gradients_are_those_of_the_masked_softmax(shape):
   assert_same(make(**shape))
 
 
+def test_a_tile_gives_the_same_bits_alone_in_a_step_as_beside_others(monkeypatch):
+  *inputs, b = make()
+  run = lambda: jax.jit(lambda *a: kernel(*a, b))(*inputs)
+  together = run()
+  monkeypatch.setattr(sparse_tpu, 'TILE_BYTES', 0)
+  for found, wanted in zip(run(), together, strict=True):
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_all_blocks_chosen_are_full_causal_attention():
   q, k, v, ids, slots, _, b = make(B=1, T=45, k=3, segments=False, padded=0)
   assert (ids[:, -1] >= 0).all()
