@@ -52,6 +52,7 @@ class MSAConfig:
   top_k: int = 4  # blocks per query and kv head, its own block among them
   index_dim: int = 32  # width of an index head; its first attention.rotary_dim rotate
   index_norm: Literal['none', 'per_head'] = 'per_head'  # the paper has none; M3 norms each index head
+  index_dtype: Literal['compute', 'float8_e4m3fn'] = 'compute'  # of index queries and keys; float8 halves keys' cache
   kl_weight: float = 1.0  # lambda, on the sum over layers of KL(teacher || index branch)
   warmup_steps: int = 0  # optimizer steps with full attention, KL over the whole causal prefix
   implementation: Literal['auto', 'reference', 'gather', 'pallas', 'hopper'] = 'auto'

@@ -78,12 +78,13 @@ def main(argv=None):
   cpu = device.platform == 'cpu'
   o = Options(
       device.platform, jnp.dtype(args.dtype or ('float32' if cpu else 'bfloat16')), args.heads, args.block, args.top_k,
-      args.experts or (SMALL_EXPERTS if cpu else M2_EXPERTS),
+      args.experts or (SMALL_EXPERTS if cpu else M2_EXPERTS), args.index_dtype and jnp.dtype(args.index_dtype),
   )
   kernels = args.kernel or list(KERNELS)
   result = measuring.machine('jax', 'jaxlib') | {
       'device': device.platform, 'device_kind': device.device_kind, 'dtype': o.dtype.name,
       'heads': dict(zip(('query', 'key', 'dim', 'index_dim'), o.heads)), 'block': o.block, 'top_k': o.top_k,
+      'index_dtype': (o.index_dtype or o.dtype).name,
       'experts': dict(zip(('d_model', 'd_ff', 'experts', 'top_k'), o.experts)), 'rounds': args.rounds,
       'numerics': [], 'cases': [], 'left_out': [],
   }
@@ -119,6 +120,7 @@ def parse(argv):
   parser.add_argument('--shapes', type=shapes_of, help='tokens, as 8k,1M; or queries@tokens, the last of a context')
   parser.add_argument('--implementation', action='append', help='by name, several by repeating; the first that serves')
   parser.add_argument('--dtype', choices=('bfloat16', 'float32'), help='float32 on CPU, else bfloat16')
+  parser.add_argument('--index_dtype', choices=('float8_e4m3fn',), help="of MSA's index heads, but in training")
   parser.add_argument('--rounds', type=number, default=5, help='turns of each side; the median counts')
   parser.add_argument('--output', type=pathlib.Path, help='JSON file; docs/results/kernels_DEVICE.json is plotted')
   parser.add_argument('--heads', type=numbers(4), default=M3_HEADS, help='query, key heads, their and the index dim')
@@ -229,7 +231,8 @@ def compare(kernel, case, side, oracle, shape, o):
   """The greatest error of a side on the device; ends the command if it is beyond tolerance."""
   tolerance = 1e-4 if o.platform == 'cpu' and o.dtype == jnp.float32 else 3e-2  # float32 is TF32 or bfloat16 elsewhere
   arguments = draw(case, o)
-  wide = {name: x.astype(jnp.float32) if x.dtype == o.dtype else x for name, x in arguments.items()}
+  floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+  wide = {name: x.astype(jnp.float32) if floating(x) else x for name, x in arguments.items()}
   with jax.default_matmul_precision('highest'):
     expected = jax.jit(oracle)(wide)
   try:
@@ -271,8 +274,7 @@ def scores_of(ids_BTKk, a, o):
 
 def abstract(arguments, o):
   """What a case's arguments will be, before there is memory for them."""
-  return {name: jax.ShapeDtypeStruct(x.shape, o.dtype if isinstance(x, Drawn) else x.dtype)
-          for name, x in arguments.items()}  # fmt: skip
+  return {name: jax.ShapeDtypeStruct(x.shape, x.dtype or o.dtype) for name, x in arguments.items()}
 
 
 PIECE = 1 << 20  # numbers drawn at once: random bits of a whole prompt would need more memory than the prompt
@@ -280,15 +282,15 @@ PIECE = 1 << 20  # numbers drawn at once: random bits of a whole prompt would ne
 
 def draw(case, o):
   """The case's arguments on the device."""
-  def normal(key, shape, scale):
+  def normal(key, shape, scale, dtype):
     size = math.prod(shape)
-    piece = lambda i: (jax.random.normal(jax.random.fold_in(key, i), (min(size, PIECE),)) * scale).astype(o.dtype)
+    piece = lambda i: (jax.random.normal(jax.random.fold_in(key, i), (min(size, PIECE),)) * scale).astype(dtype)
     pieces = jax.lax.map(piece, jnp.arange(-(-size // PIECE)))
     return pieces.reshape(-1)[:size].reshape(shape)
 
-  normal = jax.jit(normal, static_argnums=(1, 2))
+  normal = jax.jit(normal, static_argnums=(1, 2, 3))
   arguments = {
-      name: normal(jax.random.key(i), x.shape, x.scale) if isinstance(x, Drawn) else jnp.asarray(x)
+      name: normal(jax.random.key(i), *x._replace(dtype=x.dtype or o.dtype)) if isinstance(x, Drawn) else jnp.asarray(x)
       for i, (name, x) in enumerate(case.arguments.items())
   }
   return arguments | jax.jit(case.derived)(arguments)

@@ -45,6 +45,7 @@ class Options(NamedTuple):
   block: int
   top_k: int
   experts: tuple[int, int, int, int]  # D, F, E, k
+  index_dtype: Any = None  # of index queries and keys; None is `dtype`. Training has them in `dtype`
 
 
 class Shape(NamedTuple):
@@ -59,6 +60,7 @@ class Drawn(NamedTuple):
 
   shape: tuple[int, ...]
   scale: float = 1.0
+  dtype: Any = None  # None is `Options.dtype`
 
 
 class Side(NamedTuple):
@@ -98,24 +100,26 @@ def attention_work(o: Options, shape: Shape) -> tuple[float, float]:
   return 4 * H * Dh * keys_seen(shape), item * (2 * shape.queries * H * Dh + 2 * shape.context * K * Dh)
 
 
+def index_bytes(o: Options, shape: Shape) -> float:
+  """Of index queries and keys."""
+  _, K, _, Di = o.heads
+  return jnp.dtype(o.index_dtype or o.dtype).itemsize * (shape.queries * K * Di + shape.context * Di)
+
+
 def index_work(o: Options, shape: Shape) -> tuple[float, float]:
   """(FLOPs, bytes) of scores and selection; block ids are written as int32."""
   _, K, _, Di = o.heads
-  item = jnp.dtype(o.dtype).itemsize
-  read = item * (shape.queries * K * Di + shape.context * Di)
-  return 2 * K * Di * keys_seen(shape), read + 4 * shape.queries * K * o.top_k
+  return 2 * K * Di * keys_seen(shape), index_bytes(o, shape) + 4 * shape.queries * K * o.top_k
 
 
 def msa_work(o: Options, shape: Shape) -> tuple[float, float]:
   """(FLOPs, bytes) of the index branch and of attention to the selected blocks, forward."""
-  H, K, Dh, Di = o.heads
+  H, K, Dh, _ = o.heads
   item = jnp.dtype(o.dtype).itemsize
   index_flops, _ = index_work(o, shape)
   chosen = min(shape.context, shape.queries * o.top_k * o.block)  # keys of one head that are read at all, at most
-  read = 2 * chosen * K * Dh + shape.queries * K * Di + shape.context * Di
-  return (
-      index_flops + 4 * H * Dh * keys_seen(shape, o.block, o.top_k), item * (read + 2 * shape.queries * H * Dh)
-  )
+  moved = item * (2 * chosen * K * Dh + 2 * shape.queries * H * Dh) + index_bytes(o, shape)
+  return index_flops + 4 * H * Dh * keys_seen(shape, o.block, o.top_k), moved
 
 
 def msa_train_flops(o: Options, shape: Shape) -> float:
@@ -210,19 +214,24 @@ def attention(o: Options, shape: Shape, count=1, train=False) -> Case:
 # MSA
 
 
+def index_heads(o: Options, T: int, S: int):
+  _, K, _, Di = o.heads
+  return {'index_q': Drawn((1, T, K, Di), dtype=o.index_dtype), 'index_k': Drawn((1, S, Di), dtype=o.index_dtype)}
+
+
 def msa_prompt(o: Options, shape: Shape, count=1, train=False) -> Case:
   """A whole prompt: attention's output alone, or the gradients of output and divergence."""
-  _, K, _, Di = o.heads
-  arguments = prompt(o, shape, count)
-  arguments |= {'index_q': Drawn((1, shape.context, K, Di)), 'index_k': Drawn((1, shape.context, Di))}
+  if train:
+    o = o._replace(index_dtype=None)
+  arguments = prompt(o, shape, count) | index_heads(o, shape.context, shape.context)
   arguments |= {'dout': arguments['q']} if train else {}
   order = 'q', 'k', 'v', 'index_q', 'index_k', 'segments'
   names = order[:5]
 
   def ours(name):
-    both = lambda a: api.msa(
-        *(a[key] for key in order), block_size=o.block, top_k=o.top_k, implementation=name, platform=o.platform
-    )
+    choice = {'implementation': name, 'platform': o.platform, 'index_dtype': o.index_dtype}
+    in_dtype = lambda x: x.astype(o.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    both = lambda a: api.msa(*(in_dtype(a[key]) for key in order), block_size=o.block, top_k=o.top_k, **choice)
     work, moved = msa_work(o, shape)
     if train:
       return Side(name, gradient(both, names), msa_train_flops(o, shape), 2 * moved)
@@ -239,14 +248,13 @@ def msa_prompt(o: Options, shape: Shape, count=1, train=False) -> Case:
 
 def msa_cached(o: Options, shape: Shape, count=1) -> Case:
   """The last queries against a cache that holds them already: a decoded token, drafts, or the end of a prompt."""
-  H, K, Dh, Di = o.heads
+  H, K, Dh, _ = o.heads
   N, T = shape
   S = -(-N // o.block) * o.block
   arguments = {
       'q': Drawn((1, T, H, Dh)), 'k': Drawn((1, K, S, Dh)), 'v': Drawn((1, K, S, Dh)),
-      'index_q': Drawn((1, T, K, Di)), 'index_k': Drawn((1, S, Di)),
       'slots': np.arange(N - T, N, dtype=np.int32)[None],
-  }  # fmt: skip
+  } | index_heads(o, T, S)  # fmt: skip
 
   def ours(name):
     function = lambda a: api.msa_cached(
@@ -298,10 +306,8 @@ def msa(o: Options, shape: Shape, count=1) -> Case:
 
 def index(o: Options, shape: Shape, count=1) -> Case:
   """Scores, pooling and top-k. The oracle and every side give, for what they chose, the oracle's scores in order."""
-  _, K, _, Di = o.heads
   N, T = shape
-  arguments = {'index_q': Drawn((1, T, K, Di)), 'index_k': Drawn((1, N, Di)),
-               'slots': np.arange(N - T, N, dtype=np.int32)[None]}  # fmt: skip
+  arguments = index_heads(o, T, N) | {'slots': np.arange(N - T, N, dtype=np.int32)[None]}
 
   def side(name):
     if name not in implementations('index', o):

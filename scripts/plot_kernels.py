@@ -49,8 +49,8 @@ highest.
 - **FLOP ratio**: the cost model of the MSA paper (arXiv:2606.13392, section 3.1) for a whole causal prompt: at 1M
   tokens {flop_1m:.1f}, at 8k {flop_8k:.1f}. The index branch scores every key before it, so the ratio ends at 32.
 - **Byte ratio**: what one decoded token must read. Full attention reads all keys and values, MSA all index keys and 16
-  blocks of each key head: {byte_1m:.1f} at 1M. A device whose decoding is bound by memory cannot exceed it, unless its
-  dense form is further from that bound than MSA is, as on the CPU below.
+  blocks of each key head: {byte_1m:.1f} at 1M, with index keys in float8 {byte_1m_float8:.1f}. A device whose decoding
+  is bound by memory cannot exceed it, unless its dense form is further from that bound than MSA is, as on the CPU below.
 - Up to k·b = 2,048 tokens MSA sees what full attention sees, and scores it besides: nothing is to be gained there.
 - **Published**: 14.2 for prefill and 7.6 for decoding at 1M on an H800 (the paper's abstract and figure 4).
 - On a CPU full attention over a whole long prompt would take hours: the last {tail} queries of the prompt stand for it.
@@ -94,10 +94,10 @@ def flop_ratio(context) -> float:
   return flops.mixing_flops(model, 'full', context) / flops.mixing_flops(model, 'msa', context)
 
 
-def work_ratios(context, queries) -> tuple[float, float]:
+def work_ratios(context, queries, o=M3) -> tuple[float, float]:
   """(FLOPs, bytes) of full attention over those of MSA, for the last queries of a context."""
   shape = Shape(context, queries)
-  full, msa = kernel_cases.attention_work(M3, shape), kernel_cases.msa_work(M3, shape)
+  full, msa = kernel_cases.attention_work(o, shape), kernel_cases.msa_work(o, shape)
   return full[0] / msa[0], full[1] / msa[1]
 
 
@@ -113,7 +113,8 @@ def tails(results) -> list[int]:
 
 def label(result) -> str:
   name = f'CPU, {result["cores"]} cores' if result['device'] == 'cpu' else result['device_kind']
-  return f'{name}, {result["dtype"]}'
+  index = result.get('index_dtype', result['dtype'])
+  return f'{name}, {result["dtype"]}' + (f', index heads in {index}' if index != result['dtype'] else '')
 
 
 def figure(results) -> bytes:
@@ -169,6 +170,7 @@ def page(results) -> str:
   sections = ''.join(measured(path, result) for path, result in results.items())
   return PAGE.format(
       flop_1m=flop_ratio(1 << 20), flop_8k=flop_ratio(1 << 13), byte_1m=work_ratios(1 << 20, 1)[1],
+      byte_1m_float8=work_ratios(1 << 20, 1, M3._replace(index_dtype=jnp.dtype('float8_e4m3fn')))[1],
       tail=' or '.join(map(str, tails(results.values()))) or 'few', measured=sections,
       kernels=kernel_table(list(results.values())), work=work_table(),
   )  # fmt: skip

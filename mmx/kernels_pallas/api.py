@@ -210,10 +210,12 @@ def lightning(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh=
 
 
 def msa(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, block_size, top_k, implementation,
-        platform, part=None):
+        platform, part=None, index_dtype=None):
   """Attention over blocks that the index branch selects, and its divergence: (out, kl [B]); see `reference.msa`.
 
   part: None, or `chunks.Part`: which of their rows' queries these are, where all keys are of whole rows.
+  index_dtype: None, or a narrower dtype that index queries and keys are values of; a matrix unit that has it selects by
+    it, sooner and alike. The divergence and its gradients are of the inputs' dtype in any case.
 
   Raises:
     UnsupportedError: a named implementation does not support the platform or shape.
@@ -228,7 +230,8 @@ def msa(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, 
       ('reference', everywhere, _whole(part)),
   ]
   if implementation == 'hopper':
-    return _hopper('msa', platform, lambda gpu: gpu.unsupported(*shapes)).msa_hopper(*arguments, part=part)
+    kernels = _hopper('msa', platform, lambda gpu: gpu.unsupported(*shapes, index_dtype))
+    return kernels.msa_hopper(*arguments, part=part, index_dtype=index_dtype)
   name = _choose('msa', table, implementation, platform)
   if name == 'reference':
     return reference.msa(*arguments)

@@ -35,6 +35,7 @@ ROWS = 64  # query rows of a warpgroup: the rows of one wgmma
 KEYS = 128  # keys of a tile: 64 registers of scores in each thread
 MOST = 24  # blocks found in one pass: 96 registers of scores and ids; with 32 blocks some would spill
 CORES = 132  # each serves one block of threads
+DTYPES = jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn
 STAGE_BYTES = 2**17  # of shared memory, for tiles of keys: 4 of index dim 128
 
 WGMMA = plgpu.Layout.WGMMA
@@ -44,10 +45,12 @@ BY_ROW, BY_KEY = WGMMA.reduce(1), WGMMA.reduce(0)
 def unsupported(index_q_BTKDi, index_k_BSDi, block_size) -> str:
   """Why `select_blocks_gpu` cannot serve these arguments, or ''. Takes anything with shape and dtype."""
   Di = index_k_BSDi.shape[2]
-  if index_q_BTKDi.dtype != index_k_BSDi.dtype or index_k_BSDi.dtype not in (jnp.bfloat16, jnp.float16):
-    return f'needs both bfloat16 or both float16, got index_q {index_q_BTKDi.dtype} and index_k {index_k_BSDi.dtype}'
-  if Di % 64 or Di > 256:
-    return f'needs an index dim of 64, 128, 192 or 256, got {Di}'
+  if index_q_BTKDi.dtype != index_k_BSDi.dtype or index_k_BSDi.dtype not in DTYPES:
+    allowed = ', '.join(jnp.dtype(dtype).name for dtype in DTYPES)
+    return f'needs both of one of {allowed}, got index_q {index_q_BTKDi.dtype} and index_k {index_k_BSDi.dtype}'
+  row = 128 // index_k_BSDi.dtype.itemsize  # see `hopper.tiled`
+  if Di % row or Di > 256:
+    return f'needs an index dim in multiples of {row} up to 256 for {index_k_BSDi.dtype}, got {Di}'
   if block_size not in (8, 16, 32, 64, 128):
     return f'needs a block_size of 8, 16, 32, 64 or 128, got {block_size}'
   return ''

@@ -30,14 +30,16 @@ ROWS = 1024  # query rows of a tile: 1024 products for each 2 bytes of keys read
 KEYS = 1024  # keys of a tile: 8 blocks of 128, one for each sublane
 POOLED_BYTES = 2**26
 MOST_BLOCKS = 8192  # of one query row: 4 MiB for 128 rows, which `largest` holds three times
+DTYPES = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 STRIP = 64  # blocks compared at once in `largest`: 8 registers; 16 with their ids and all would spill
 
 
 def unsupported(index_q_BTKDi, index_k_BSDi, block_size):
   """Why `select_blocks_pallas` cannot serve these arguments, or ''."""
   _, S, Di = index_k_BSDi.shape
-  if index_q_BTKDi.dtype != index_k_BSDi.dtype or index_k_BSDi.dtype not in (jnp.bfloat16, jnp.float32):
-    return f'needs both bfloat16 or both float32, got index_q {index_q_BTKDi.dtype} and index_k {index_k_BSDi.dtype}'
+  if index_q_BTKDi.dtype != index_k_BSDi.dtype or index_k_BSDi.dtype not in DTYPES:
+    allowed = ', '.join(jnp.dtype(dtype).name for dtype in DTYPES)
+    return f'needs both of one of {allowed}, got index_q {index_q_BTKDi.dtype} and index_k {index_k_BSDi.dtype}'
   if Di % 32 or Di > 256:
     return f'needs an index dim in multiples of 32 up to 256, got {Di}'
   if block_size not in (8, 16, 32, 64, 128):
@@ -151,12 +153,14 @@ def _pooled_kernel(first_ref, last_ref, q_ref, k_ref, slot_ref, *refs, block):
 
   @pl.when(seen)
   def _():
-    q_RDi = q_ref[0]
+    q_RDi, k_sDi = q_ref[0], k_ref[0]
+    if q_RDi.dtype.itemsize == 1:  # no matrix unit up to v6e multiplies float8; every one of them is a bfloat16
+      q_RDi, k_sDi = q_RDi.astype(jnp.bfloat16), k_sDi.astype(jnp.bfloat16)
     # bfloat16 products are exact in float32; float32 operands need all their bits, or near scores would change places.
     precision = lax.Precision.HIGHEST if q_RDi.dtype == jnp.float32 else None
     slot_1R = slot_ref[0] - step * KEYS
     scores = lax.dot_general(
-        k_ref[0], q_RDi, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        k_sDi, q_RDi, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
     visible = lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= slot_1R
     if segments:

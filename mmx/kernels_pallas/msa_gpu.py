@@ -6,28 +6,30 @@ makes the index branch's divergence, over the same pairs of query and block, fro
 training only, as nothing asks for it elsewhere.
 """
 
+import jax
+
 from mmx.kernels_pallas import decode_gpu, divergence_gpu, index_gpu, sparse_gpu
 from mmx.kernels_pallas.chunks import places
 from mmx.kernels_pallas.sparse_pairs import attend_cached
 
 
-def unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k) -> str:
+def unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, block_size, top_k, index_dtype=None) -> str:
   """Why the kernels cannot serve these shapes, in a few words; '' if they can."""
   attention = sparse_gpu.unsupported(q_BTHDh, k_BTKDh, block_size, top_k)
   attention = attention or divergence_gpu.unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi)
-  return attention or index_gpu.unsupported(index_q_BTKDi, index_k_BTDi, block_size)
+  index = (jax.ShapeDtypeStruct(x.shape, index_dtype or x.dtype) for x in (index_q_BTKDi, index_k_BTDi))
+  return attention or index_gpu.unsupported(*index, block_size)
 
 
 def msa_hopper(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, block_size, top_k,
-               interpret=False, part=None):
+               interpret=False, part=None, index_dtype=None):
   """Sparse attention and the index branch's divergence from it: (out [B, T, H, Dh], kl [B]); see `reference.msa`.
 
-  `interpret` is False for the card, `hopper.simulator()` for tests; `part`: see `chunks.Part`.
+  `interpret` is False for the card, `hopper.simulator()` for tests; `part`: see `chunks.Part`; `index_dtype`: `api.msa`.
   """
   slots_BT, segments = places(segment_ids_BT, part)
-  ids_BTKk = index_gpu.select_blocks_gpu(
-      index_q_BTKDi, index_k_BTDi, slots_BT, segments, block_size, top_k, interpret=interpret
-  )
+  index = (x.astype(index_dtype or x.dtype) for x in (index_q_BTKDi, index_k_BTDi))
+  ids_BTKk = index_gpu.select_blocks_gpu(*index, slots_BT, segments, block_size, top_k, interpret=interpret)
   out_BTHDh, logsumexp_BTKG = sparse_gpu.attend_blocks(
       q_BTHDh, k_BTKDh, v_BTKDh, ids_BTKk, slots_BT, segments, block_size, interpret=interpret
   )

@@ -48,7 +48,8 @@ class SparseAttention(nn.Module):
     q_BTHDh, k_BTKDh, v_BTKDh, keys_x_BTD, kept = attention.project(
         self, self.model, x_BTD, context, cache, self.mesh
     )
-    index_q_BTKDi, index_k_BTDi = self._index(*jax.lax.stop_gradient((x_BTD, keys_x_BTD)), context)
+    index = self._index(*jax.lax.stop_gradient((x_BTD, keys_x_BTD)), context)
+    index_q_BTKDi, index_k_BTDi = (rounded(x, index_dtype(self.model, x.dtype)) for x in index)
     if cache is None:
       inputs = q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, context.segment_ids_BT
       out_BTHDh, aux = self._train(inputs, context.warmup)
@@ -56,7 +57,8 @@ class SparseAttention(nn.Module):
       new = {'k': k_BTKDh, 'v': v_BTKDh, 'index_k': index_k_BTDi}
       cache = kept | attention.append({name: cache[name] for name in new}, new, context)
       slots_BT = jnp.where(context.segment_ids_BT > 0, context.positions_BT, -1)
-      inputs = q_BTHDh, cache['k'], cache['v'], index_q_BTKDi, cache['index_k'], slots_BT
+      index_k_BSDi = cache['index_k']
+      inputs = q_BTHDh, cache['k'], cache['v'], index_q_BTKDi.astype(index_k_BSDi.dtype), index_k_BSDi, slots_BT
       function = lambda *inputs: (api.msa_cached(*inputs, **self._choice()),)
       (out_BTHDh,), aux = self._sharded(function, (True,), *inputs, cached=True), None
     return attention.project_out(self, out_BTHDh, x_BTD.shape[-1], self.out_scale), cache, aux
@@ -87,7 +89,8 @@ class SparseAttention(nn.Module):
     def sparse(*inputs):
       def shard(q, k, v, index_q, index_k, segment_ids):
         part, k, v, index_k = context_parallel.whole_rows(self.mesh, segment_ids, k, v, index_k)
-        return api.msa(q, k, v, index_q, index_k, segment_ids, part=part, **self._choice())
+        narrow = index_dtype(self.model, index_k.dtype)
+        return api.msa(q, k, v, index_q, index_k, segment_ids, part=part, index_dtype=narrow, **self._choice())
 
       return self._sharded(shard, (True, False), *inputs)
 
@@ -132,8 +135,30 @@ class SparseAttention(nn.Module):
     return tuple(out if is_heads else jnp.sum(out, axis=(1, 2)) for out, is_heads in zip(outs, are_heads))
 
 
+def index_dtype(model: ModelConfig, dtype):
+  """What index queries and keys are rounded to, and index keys cached in, where activations are of `dtype`."""
+  return jnp.dtype(dtype if model.msa.index_dtype == 'compute' else model.msa.index_dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rounded(x, dtype):
+  """x, of its own dtype, at the nearest values of `dtype`: at its largest where that is exceeded. Its gradient is as if
+  nothing was rounded.
+
+  Training rounds as serving does, so that it selects the same blocks and learns the scores that select them. float8
+  needs no scales here: from 2^-6 to 448 it is right to one part in 16, and entries of a normed index head are about 1.
+  """
+  if dtype == x.dtype:
+    return x
+  most = jnp.finfo(dtype).max.astype(x.dtype)
+  return jnp.clip(x, -most, most).astype(dtype).astype(x.dtype)
+
+
+rounded.defjvp(lambda dtype, primals, tangents: (rounded(*primals, dtype), *tangents))
+
+
 def init_cache(model: ModelConfig, batch_size: int, max_length: int, dtype):
   """Full attention's cache and 'index_k' [B, S, Di]; S is max_length rounded up to whole blocks."""
   S = -(-max_length // model.msa.block_size) * model.msa.block_size
-  index_k = jnp.zeros((batch_size, S, model.msa.index_dim), dtype)
+  index_k = jnp.zeros((batch_size, S, model.msa.index_dim), index_dtype(model, dtype))
   return attention.init_cache(model, batch_size, S, dtype) | {'index_k': index_k}

@@ -31,9 +31,9 @@ def test_a_prompt_of_1m_tokens_holds_the_pooled_scores_of_one_chunk(compile_for_
   assert compile_selection(compile_for_tpu, 1, T, S, 4, 128, 128, 16, False) < index_tpu.POOLED_BYTES + 2**22
 
 
-@pytest.mark.parametrize('T', [1, 8])
-def test_decoding_against_1m_slots_copies_no_keys(compile_for_tpu, T):
-  assert compile_selection(compile_for_tpu, 1, T, 2**20, 4, 128, 128, 16, False) < 2**23
+@pytest.mark.parametrize('T, dtype', [(1, jnp.bfloat16), (8, jnp.bfloat16), (1, jnp.float8_e4m3fn)])
+def test_decoding_against_1m_slots_copies_no_keys(compile_for_tpu, T, dtype):
+  assert compile_selection(compile_for_tpu, 1, T, 2**20, 4, 128, 128, 16, False, dtype) < 2**23
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ def test_decoding_against_1m_slots_copies_no_keys(compile_for_tpu, T):
         (2, 300, 5000, 2, 64, 8, 700, True),
         (1, 9, 5, 1, 256, 64, 1, False),
         (1, 512, 4096, 4, 256, 128, 16, True, jnp.float32),  # the largest tiles
+        (2, 77, 1100, 3, 96, 16, 5, True, jnp.float8_e4m3fn),
     ],
 )
 def test_odd_shapes_compile(compile_for_tpu, shape):

@@ -35,8 +35,15 @@ def test_training_and_prefill_hold_no_scores(compile_selection, T, packed):
   assert compile_selection(1, T, T, K, 128, 128, k, packed) < 1.5 * ids < T * K * (T // 128) * 4 / 40
 
 
-def test_decoding_against_1m_slots_copies_no_keys(compile_selection):
-  assert compile_selection(1, 1, 2**20, 4, 128, 128, 16, False) < 2**21
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_decoding_against_1m_slots_copies_no_keys(compile_selection, dtype):
+  assert compile_selection(1, 1, 2**20, 4, 128, 128, 16, False, dtype) < 2**21
+
+
+def test_float8_is_multiplied_as_it_is(compile_selection, assembled):
+  T, K, k = 2**20, 4, 16
+  assert compile_selection(1, T, T, K, 128, 128, k, False, jnp.float8_e4m3fn) < 1.5 * T * K * k * 4
+  assert all('wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3' in kernel.ptx for kernel in assembled().values())
 
 
 @pytest.mark.parametrize(
@@ -46,6 +53,7 @@ def test_decoding_against_1m_slots_copies_no_keys(compile_selection):
         (2, 300, 5000, 2, 64, 8, 64, True),  # three passes over the keys
         (1, 512, 4096, 4, 256, 128, 25, True),  # the largest tiles and the longest list
         (1, 9, 5, 1, 192, 64, 2, False),
+        (2, 77, 100, 3, 256, 16, 25, True, jnp.float8_e4m3fn),
     ],
 )
 def test_odd_shapes_compile(compile_selection, shape):

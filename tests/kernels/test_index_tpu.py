@@ -42,6 +42,7 @@ def assert_same_blocks(args, block, top_k):
         (2, 37, 1025, 3, 32, 16, 65, 'bfloat16', True),  # all blocks, 3 heads in 128 lanes, one key in the last tile
         (1, 300, 1100, 1, 64, 64, 3, 'float32', False),
         (3, 1, 3000, 4, 64, 32, 8, 'bfloat16', False),  # one new token a row
+        (2, 70, 1100, 4, 64, 32, 8, 'float8_e4m3fn', True),
         (2, 8, 2048, 2, 128, 128, 1, 'float32', True),  # its own block alone
         (2, 5, 7, 2, 32, 8, 4, 'float32', True),  # less than one block, more k than blocks
     ],
@@ -143,5 +144,5 @@ def test_unsupported_names_what_it_cannot_serve():
   )
   assert reason() == '' and reason(S=2**20) == ''
   for kwargs, word in [({'Di': 20}, '20'), ({'block': 24}, '24'), ({'S': 2**20, 'block': 64}, '16384'),
-                       ({'dtype': jnp.float32}, 'float32')]:
+                       ({'dtype': jnp.float32}, 'index_q float32'), ({'dtype': jnp.float8_e4m3fn}, 'float8_e4m3fn and')]:
     assert word in reason(**kwargs)

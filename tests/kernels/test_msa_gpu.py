@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_msa_tpu import inputs
 
-from mmx.kernels_pallas import hopper, index_gpu, reference, sparse_gpu
+from mmx.kernels_pallas import hopper, index_gpu, msa_gpu, reference, sparse_gpu
 from mmx.kernels_pallas.msa_gpu import msa_cached_hopper, msa_hopper, unsupported
 from mmx.kernels_pallas.sparse import msa_cached_gather
 
@@ -35,6 +35,23 @@ def test_msa_hopper_equals_the_oracle_in_values_and_gradients(monkeypatch):
     assert found.dtype == wanted.dtype
     found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-2 * float(np.abs(wanted).max()))
+
+
+def test_selection_by_float8_is_that_of_the_same_values_in_bfloat16(monkeypatch):
+  monkeypatch.setattr(sparse_gpu, 'SHARES', 1)
+  monkeypatch.setattr(index_gpu, 'CORES', 1)
+  monkeypatch.setattr(msa_gpu.divergence_gpu, 'selected_divergence_hopper', lambda *a: jnp.zeros(1))
+  (q, k, v, *index), segments = inputs(1, 150, 8, 1, 64, 128, jnp.bfloat16)
+  float8 = jnp.dtype('float8_e4m3fn')
+  index = [x.astype(float8).astype(x.dtype) for x in index]
+  seen, select = [], index_gpu.select_blocks_gpu
+  monkeypatch.setattr(index_gpu, 'select_blocks_gpu', lambda *a, **named: (seen.append(a[:2]), select(*a, **named))[1])
+  run = lambda dtype: jax.jit(
+      lambda *a: msa_hopper(*a, segments, 64, 2, interpret=hopper.simulator(), index_dtype=dtype)[0]
+  )(q, k, v, *index)
+  narrow, wide = run(float8), run(None)
+  assert [x.dtype for pair in seen for x in pair] == [float8] * 2 + [jnp.bfloat16] * 2
+  np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (narrow, wide)))
 
 
 def test_against_a_cache_as_the_xla_form_does(monkeypatch):

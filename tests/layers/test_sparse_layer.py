@@ -231,6 +231,26 @@ def test_decode_equals_prefill_equals_train(top_k, chunks):
   assert not padding.any(), 'padding attends to nothing'
 
 
+@pytest.mark.parametrize('chunks', [RAGGED, STEPS])
+def test_float8_index_selects_alike_in_training_and_from_a_cache_of_a_byte_a_key(chunks):
+  mixer, tree, x_BTD, context = build(model(2, model__msa__index_dtype='float8_e4m3fn'), rows=3)
+  wanted, aux = run(mixer, tree, x_BTD, context)
+  cache = sparse.init_cache(mixer.model, 3, LENGTH, jnp.float32)
+  assert cache['index_k'].dtype == jnp.float8_e4m3fn and cache['k'].dtype == jnp.float32
+  close(serve(mixer, tree, cache, x_BTD, chunks)[0], wanted)
+  exact, exact_aux = run(sparse.SparseAttention(model(2), 1.0, None), tree, x_BTD, context)
+  assert jnp.any(exact != wanted), 'rounding moves some choices here'
+  assert exact_aux.block_recall != aux.block_recall and abs(exact_aux.kl - aux.kl) < 0.05 * exact_aux.kl
+
+
+def test_rounding_saturates_and_passes_gradients_as_if_nothing_was_rounded():
+  x = jnp.array([0.3, -1.07, 20.0, 500.0, -1e6, 1e-4], jnp.bfloat16)
+  found, pull = jax.vjp(lambda x: sparse.rounded(x, jnp.dtype('float8_e4m3fn')), x)
+  assert found.dtype == x.dtype and found.tolist() == [0.3125, -1.125, 20.0, 448.0, -448.0, 0.0]
+  assert (pull(jnp.full(6, 3, x.dtype))[0] == 3).all()
+  assert sparse.rounded(x, x.dtype) is x
+
+
 @pytest.mark.slow  # 13 s
 def test_a_mesh_serves_as_one_device_does():
   """Each device keeps the keys of its own rows and heads; the index keys of a row are on all that share it."""
