@@ -20,9 +20,8 @@ def packed(*lengths, padding=0):
 
 def randomised(tree, seed):
   """Unboxed parameters, norms, gates and biases too: their defaults of 1 and 0 would hide a missing use."""
-  leaves, treedef = jax.tree.flatten(nn.unbox(tree))
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  return treedef.unflatten([a + 0.1 * jax.random.normal(key, a.shape) for a, key in zip(leaves, keys)])
+  rng = np.random.default_rng(seed)  # of numpy: jax's would take longer to compile than the parameters themselves
+  return jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(a.dtype), nn.unbox(tree))
 
 
 @functools.cache

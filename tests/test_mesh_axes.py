@@ -38,7 +38,6 @@ def initial(base):
   return jax.jit(lambda: randomised(init_variables(base.model, None, jax.random.key(0)), seed=1))()
 
 
-@functools.cache
 def gradients(base, **sizes):
   """(loss, gradients by all parameters, metrics and expert loads) of one batch on a mesh of these axes."""
   axes = {f'mesh.{axis}': sizes.get(axis, 1) for axis in config.MESH_AXES}
@@ -62,13 +61,16 @@ def gradients(base, **sizes):
   return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
 
 
+one_device = functools.cache(gradients)  # on more, tables of sharding that a test changes are no part of the key
+
+
 def agree(found, wanted):
   for (path, a), w in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(a, w, rtol=0, atol=1e-5 * max(np.abs(w).max(), 1e-3), err_msg=str(path))
 
 
 def equals_one_device(base, axes, monkeypatch):
-  wanted = gradients(base)
+  wanted = one_device(base)
   monkeypatch.setattr(sharding, 'LARGE', 1)  # every matrix is split as far as those of a large model
   agree(gradients(base, **dict(zip(axes, (8,) if len(axes) == 1 else (2, 4)))), wanted)
 

