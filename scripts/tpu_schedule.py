@@ -285,17 +285,17 @@ def blocks(tokens, chip):
   c, r, _ = chunk(tokens)
   name = 'msa_attend_blocks' if r * G == sparse_tpu.TILE_ROWS else f'msa_attend_blocks_{r * G}'
   sampled = np.linspace(c, tokens, SAMPLES).astype(int)
-  tiles, pages = (np.mean(n) * tokens / c * K for n in zip(*(tiles_of(end, c, r) for end in sampled)))
-  return tiles * schedule(name, chip)['cycles'] / sparse_tpu.TILES, 2 * (tiles * 2 * r * G * D + pages * 2 * BLOCK * D)
+  tiles = np.mean([tiles_of(end, c, r) for end in sampled]) * tokens / c * K
+  return tiles * schedule(name, chip)['cycles'] / sparse_tpu.TILES, 2 * tiles * 2 * (r * G + BLOCK) * D
 
 
 def tiles_of(end, c, r):
-  """(tiles, blocks) of one kv head of the c queries before `end`: each chose its own and others before it at random."""
+  """Tiles of one kv head of the c queries before `end`: each chose its own block and others before it at random."""
   rng = np.random.default_rng(end)
   own = np.arange(end - c, end) // BLOCK
   others = (rng.random((c, TOP_K - 1)) * own[:, None]).astype(int)
   shared = np.bincount(np.concatenate([own, others[own >= TOP_K].ravel()]))
-  return np.sum(-(-shared // r)), np.sum(shared > 0)
+  return np.sum(-(-shared // r))
 
 
 def moved_around(tokens):

@@ -1,7 +1,7 @@
 """Attention over selected blocks as Pallas kernels for TPU; `sparse_pairs` sorts and cuts what they are given.
 
-The grid's length is counted at run time, and a block stays in VMEM from tile to tile of its page; the gradients of its
-keys and values grow there and are written once per page and chunk.
+The grid's length is counted at run time. Backward a block stays in VMEM from tile to tile of its page; the gradients of
+its keys and values grow there and are written once per page and chunk.
 
 Layout. A tile's scores stand as [b, r*G], keys in sublanes and queries in lanes: slots, maxima and sums are then rows
 of lanes, reductions over keys need no exchange between lanes, and the gradients of keys and values are plain products.
@@ -10,7 +10,8 @@ What a step of the grid costs beside its products is counted by `scripts/tpu_sch
 kernel as its row of blocks and its head in one word, for each window would divide by P and K; copies are not checked
 against bounds that a plan keeps by construction; scores are masked once, far below every maximum, where weights would
 be masked again; and the rows of a tile go through at once. Forward, a step takes four tiles, and makes the scores of
-all of them first: what one of them waits for, the others fill (v5p 561 cycles a tile where one a step takes 952).
+all of them first: what one of them waits for, the others fill (v5p 561 cycles a tile where one a step takes 952). Each
+copies its own block, a quarter more beside 512 rows.
 
 Letters as in `sparse_pairs`.
 """
