@@ -246,7 +246,7 @@ def kernel_table(results) -> str:
         and check['implementation'] not in (*kernel_cases.EVERYWHERE, *LIBRARY)
     }  # fmt: skip
     rows.append([
-        f'`{path.name}`', CHIPS[chip], said, 'yes' if 'interpret' in proof else 'no',
+        f'`{path.name}`', CHIPS[chip], said, 'yes' if 'interpret' in proof or 'simulator(' in proof else 'no',
         'yes' if 'detect_races' in proof or 'simulat' in proof else '', ', '.join(chips) or 'not yet',
         ', '.join(sorted(kinds)) or 'not yet',
     ])  # fmt: skip
