@@ -7,7 +7,7 @@
 
 Compiles the very training step that `mmx.train` would run, or a step of serving, for every chip of the slice, and reads
 off the program what each chip holds and sends. Exits with 1 where it does not fit. `--find` does so for every mesh that
-the slice and the experiment allow, about a minute each at M2's size, and ends with the fastest predicted that fits.
+the slice and the experiment allow, two minutes or more each at M2's size, and ends with the fastest predicted that fits.
 """
 
 import collections
