@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from mmx import sharding
 
+COLUMNS = 256  # a multiple of which the head has on a mesh: libtpu scatters no sum of 200,064 columns, it copies it
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(hidden_BTD, head_DV, targets_BT, mask_BT, chunk=0, z_loss_weight=0.0, mesh=None):
@@ -38,10 +40,11 @@ def cross_entropy(hidden_BTD, head_DV, targets_BT, mask_BT, chunk=0, z_loss_weig
     (loss, nll, correct): sums over mask_BT of the loss with its z-loss, of -log p, and of correct argmaxes. Only `loss`
     has a gradient.
   """
+  V = head_DV.shape[1]
 
   def sums(hidden_BTD, head_DV, targets_BT, mask_BT, chunk):
     def body(sums, piece):
-      return tuple(map(jnp.add, sums, _chunk(head_DV, *piece, z_loss_weight)[0])), None
+      return tuple(map(jnp.add, sums, _chunk(head_DV, V, *piece, z_loss_weight)[0])), None
 
     return jax.lax.scan(body, (jnp.zeros(()),) * 3, _split(chunk, hidden_BTD, targets_BT, mask_BT))[0], (), ()
 
@@ -49,12 +52,14 @@ def cross_entropy(hidden_BTD, head_DV, targets_BT, mask_BT, chunk=0, z_loss_weig
 
 
 def _forward(hidden_BTD, head_DV, targets_BT, mask_BT, chunk, z_loss_weight, mesh):
+  V = head_DV.shape[1]
+
   def sums_and_gradients(hidden_BTD, head_DV, targets_BT, mask_BT, chunk):
     T = hidden_BTD.shape[1]
 
     def body(carry, piece):
       sums, dhead_DV = carry
-      parts, dlogits_BCV = _chunk(head_DV, *piece, z_loss_weight)
+      parts, dlogits_BCV = _chunk(head_DV, V, *piece, z_loss_weight)
       dhead_DV += jnp.einsum('bcd,bcv->dv', piece[0], dlogits_BCV, preferred_element_type=jnp.float32)
       return (tuple(map(jnp.add, sums, parts)), dhead_DV), jnp.einsum('bcv,dv->bcd', dlogits_BCV, head_DV)
 
@@ -78,18 +83,21 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _on_shards(function, mesh, chunk, hidden_BTD, head_DV, targets_BT, mask_BT):
   """function(hidden, head, targets, mask, chunk) -> (sums, dhidden_BTD, dhead_DV) on each shard's tokens, the first and
-  the last added up. The vocabulary's axis is left to the partitioner."""
+  the last added up. The head comes to it whole, with columns of padding; the axis of the vocabulary is the partitioner's.
+  """
   head_DV, tokens, axes = head_DV.astype(hidden_BTD.dtype), sharding.batch_spec(), sharding.token_axes(mesh)
   if not axes:
     return function(hidden_BTD, head_DV, targets_BT, mask_BT, chunk)
   shards = math.prod(mesh.shape[axis] for axis in axes)
+  parts, V = sharding.parts_of(('embed', 'vocab'), head_DV.shape, mesh), head_DV.shape[1]
   add_up, of_head = sharding.sum_of_shards(head_DV.shape, 0, mesh)
 
-  def on_shard(*arrays):
-    sums, dhidden_BTD, dhead_DV = function(*arrays, -(-chunk // shards))
-    return jax.lax.psum(sums, axes), dhidden_BTD, jax.tree.map(add_up, dhead_DV)
+  def on_shard(hidden_BTD, head_DV, *arrays):
+    head_DV = jnp.pad(head_DV, ((0, 0), (0, -V % COLUMNS)))
+    sums, dhidden_BTD, dhead_DV = function(hidden_BTD, sharding.gathered(head_DV, parts), *arrays, -(-chunk // shards))
+    return jax.lax.psum(sums, axes), dhidden_BTD, jax.tree.map(lambda dhead: add_up(dhead)[:, :V], dhead_DV)
 
-  specs = (tokens, P(), tokens, tokens), (P(), tokens, of_head)
+  specs = (tokens, parts, tokens, tokens), (P(), tokens, of_head)
   return sharding.on_tokens(on_shard, mesh, *specs)(hidden_BTD, head_DV, targets_BT, mask_BT)
 
 
@@ -105,9 +113,12 @@ def _split(chunk, *arrays):
   return tuple(map(split, arrays))
 
 
-def _chunk(head_DV, hidden_BCD, targets_BC, mask_BC, z_loss_weight):
-  """(loss, nll, correct) of a chunk, and the gradient of its loss by the logits, in hidden's dtype."""
+def _chunk(head_DV, vocabulary, hidden_BCD, targets_BC, mask_BC, z_loss_weight):
+  """(loss, nll, correct) of a chunk, and the gradient of its loss by the logits, in hidden's dtype. Columns of the head
+  beyond the vocabulary are padding."""
   logits_BCV = jnp.matmul(hidden_BCD, head_DV, preferred_element_type=jnp.float32)
+  if head_DV.shape[1] > vocabulary:
+    logits_BCV = jnp.where(jnp.arange(head_DV.shape[1])[None, None] < vocabulary, logits_BCV, -jnp.inf)
   logsumexp_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
   target_logit_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
   correct = jnp.sum((target_logit_BC >= jnp.max(logits_BCV, axis=-1)) * mask_BC)

@@ -142,7 +142,7 @@ def test_block_is_the_published_form_of_its_family(norm, norm_of, residual):
   context = Context(batch['positions'], batch['segment_ids'])
   x = np.asarray(tree['params']['embedding']['table'])[np.asarray(batch['tokens'])]
   mixer = lambda h: Attention(model, 1.0, None).apply({'params': layer['mixer']}, jnp.asarray(h), context, 0, None)[0]
-  ffn = lambda h: MLP(model.d_ff, 'swiglu').apply({'params': layer['ffn']}, jnp.asarray(h))
+  ffn = lambda h: MLP(model.d_ff, 'swiglu', 1.0, None).apply({'params': layer['ffn']}, jnp.asarray(h))
   for kind, branch in (('attention', mixer), ('ffn', ffn)):
     normed = norm_of(x, np.asarray(layer['mixer_norm' if kind == 'attention' else 'ffn_norm']['scale']))
     y = np.asarray(branch(normed))

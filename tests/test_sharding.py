@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec as P
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
 
-from mmx import sharding
+from mmx import config, hlo, sharding
 from mmx.layers.moe_transport import DOWN_AXES, GATE_AXES
 
 ROWS, WHOLE = P('expert', 'context', None), P(('expert', 'context'), None, None)
@@ -36,3 +36,34 @@ def test_a_cast_gives_the_bits_and_the_gradient_of_a_plain_one(dtype):
   assert got[0].dtype == dtype and got[1].dtype == jnp.float32
   for a, b in zip(wanted, got, strict=True):
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize('names, shape', [
+    (('embed', 'heads', 'head_dim'), (16, 4, 6)), (('heads', 'head_dim', 'embed'), (4, 6, 16)),
+    (('hidden', 'embed'), (24, 8)),
+])  # fmt: skip
+def test_a_product_gathers_a_large_matrix_axis_by_axis_and_scatters_its_gradient_so(names, shape, monkeypatch):
+  monkeypatch.setattr(sharding, 'LARGE', 1)
+  mesh = sharding.build_mesh(config.MeshConfig(fsdp=2, expert=2, context=2))
+  X = 1 if names[0] == 'embed' else len(shape) - 1
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  x, w, dy = normal(4, 6, *shape[:X]), normal(*shape), normal(4, 6, *shape[X:])
+
+  def run(mesh):
+    return lambda x, w: (lambda y, back: (y, *back(dy)))(*jax.vjp(lambda x, w: sharding.product(x, w, names, mesh), x, w))
+
+  placed = [NamedSharding(mesh, spec) for spec in (sharding.batch_spec(), sharding.spec_of(names, shape, mesh))]
+  assert ('fsdp', 'expert', 'context') in placed[1].spec
+  compiled = jax.jit(run(mesh), out_shardings=(placed[0], *placed)).lower(*jax.device_put((x, w), tuple(placed))).compile()
+  found = {(c.kind, c.group): c.count for c in hlo.collectives(*_program(compiled))}
+  assert found == {('all-gather', 2): 3, ('reduce-scatter', 2): 3}  # no other way to send anything
+  wanted = run(None)(x, w)
+  np.testing.assert_allclose(wanted[0], np.tensordot(x, w, X), rtol=1e-5, atol=1e-5)
+  for a, b in zip(compiled(*jax.device_put((x, w), tuple(placed))), wanted, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def _program(compiled):
+  computations, entry = hlo.parse(compiled.as_text())
+  return computations, hlo.runs(computations, entry)

@@ -15,7 +15,7 @@ from mmx.layers import context_parallel
 from mmx.layers.context import Context
 from mmx.layers.norm import norm
 from mmx.layers.rope import rotary_angles, rotate
-from mmx.sharding import cast, fan_in_normal, param
+from mmx.sharding import fan_in_normal, param, product
 
 
 class Attention(nn.Module):
@@ -88,8 +88,9 @@ def project(module, model: ModelConfig, x_BTD, context: Context, cache, mesh):
   w_k = param(module, 'w_k', (D, K, Dh), ('embed', 'kv_heads', 'head_dim'), key_init(a.qk_init, D, first_of_group))
   w_v = param(module, 'w_v', (D, K, Dh), ('embed', 'kv_heads', 'head_dim'), fan_in_normal(D))
   keys_x_BTD, kept = shift_keys(module, model, x_BTD, context, cache)
-  heads = lambda x_BTD, w: jnp.einsum('btd,dhe->bthe', x_BTD, cast(w, x_BTD.dtype))
-  q_BTHDh, k_BTKDh, v_BTKDh = heads(x_BTD, w_q), heads(keys_x_BTD, w_k), heads(x_BTD, w_v)
+  heads = lambda x_BTD, w, axis: product(x_BTD, w, ('embed', axis, 'head_dim'), mesh)
+  q_BTHDh, k_BTKDh = heads(x_BTD, w_q, 'heads'), heads(keys_x_BTD, w_k, 'kv_heads')
+  v_BTKDh = heads(x_BTD, w_v, 'kv_heads')
 
   if a.qk_norm == 'full_width':
     normed = lambda name, x: norm(module, name, model.norm, x.reshape(B, T, -1), model.norm_eps).reshape(x.shape)
@@ -112,8 +113,9 @@ def rotated(model: ModelConfig, context: Context, x_BTHDh):
 def project_out(module, out_BTHDh, D, out_scale):
   """[B, T, H, Dh] -> [B, T, D]."""
   H, Dh = out_BTHDh.shape[2:]
-  w_o = param(module, 'w_o', (H, Dh, D), ('heads', 'head_dim', 'embed'), fan_in_normal(H * Dh, out_scale))
-  return jax.lax.dot_general(out_BTHDh, cast(w_o, out_BTHDh.dtype), (((2, 3), (0, 1)), ((), ())))
+  axes = 'heads', 'head_dim', 'embed'
+  w_o = param(module, 'w_o', (H, Dh, D), axes, fan_in_normal(H * Dh, out_scale))
+  return product(out_BTHDh, w_o, axes, module.mesh)
 
 
 def key_init(qk_init, fan_in, query_weights):

@@ -52,7 +52,7 @@ class Block(nn.Module):
       ffn = MoE(m.moe, m.activation, out_scale, self.mesh, name='ffn')
       y_BTD, ffn_aux = ffn(normed_BTD, context.segment_ids_BT > 0)
     else:
-      y_BTD, ffn_aux = MLP(m.d_ff, m.activation, out_scale, name='ffn')(normed_BTD), None
+      y_BTD, ffn_aux = MLP(m.d_ff, m.activation, out_scale, self.mesh, name='ffn')(normed_BTD), None
     x_BTD = add_branch(m, 'ffn', x_BTD, normed_BTD, y_BTD)
     aux = {name: value for name, value in (('mixer', mixer_aux), ('ffn', ffn_aux)) if value is not None}
     return sharding.constrain(x_BTD, self.mesh, 'batch', 'length', None), cache, aux

@@ -5,10 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
 
 from mmx import sharding
 from mmx.sharding import fan_in_normal, param
+
+TABLE_AXES = 'vocab', 'embed'
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -23,7 +25,9 @@ def look_up(table_VD, tokens_BT, dtype, mesh):
   if not sharding.token_axes(mesh):
     return take(table_VD, tokens_BT)
   tokens = sharding.spec_of(('batch', 'length'), tokens_BT.shape, mesh)  # a few rows to generate from may not divide
-  return sharding.on_tokens(take, mesh, (P(), tokens), tokens)(table_VD, tokens_BT)
+  parts = sharding.parts_of(TABLE_AXES, table_VD.shape, mesh)
+  on_shard = lambda table, tokens: take(sharding.gathered(table, parts), tokens)
+  return sharding.on_tokens(on_shard, mesh, (parts, tokens), tokens)(table_VD, tokens_BT)
 
 
 def _look_up_backward(dtype, mesh, residuals, drows_BTD):
@@ -59,7 +63,7 @@ class Embedding(nn.Module):
   def setup(self):
     V, D = self.vocab_size, self.d_model
     spread = nn.initializers.normal(stddev=0.02 if self.tie else 1.0)
-    self.table = param(self, 'table', (V, D), ('vocab', 'embed'), spread)
+    self.table = param(self, 'table', (V, D), TABLE_AXES, spread)
     if not self.tie:
       self.head = param(self, 'head', (D, V), ('embed', 'vocab'), fan_in_normal(D, 0.5))
 

@@ -20,7 +20,7 @@ from mmx.layers import context_parallel
 from mmx.layers.attention import init_shift, key_init, project_out, shift_keys
 from mmx.layers.context import Context
 from mmx.layers.norm import norm
-from mmx.sharding import cast, fan_in_normal, param
+from mmx.sharding import fan_in_normal, param, product
 
 
 def slopes(num_heads: int, layer_index, layers: int):
@@ -55,7 +55,7 @@ class Lightning(nn.Module):
     w_v = param(self, 'w_v', shape, axes, fan_in_normal(D))
     w_gate = param(self, 'w_gate', shape, axes, fan_in_normal(D))
     keys_x_BTD, kept = shift_keys(self, m, x_BTD, context, cache)
-    heads = lambda x_BTD, w: jnp.einsum('btd,dhe->bthe', x_BTD, cast(w, x_BTD.dtype))
+    heads = lambda x_BTD, w: product(x_BTD, w, axes, self.mesh)
     q_BTHDh, k_BTHDh, v_BTHDh = (
         sharding.constrain(jax.nn.silu(heads(x, w)), self.mesh, 'batch', 'length', 'heads', None)
         for x, w in ((x_BTD, w_q), (keys_x_BTD, w_k), (x_BTD, w_v))

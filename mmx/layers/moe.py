@@ -111,5 +111,5 @@ class MoE(nn.Module):
         experts=Experts(functools.partial(api.experts, **choice), functools.partial(api.experts_on_rows, **choice)),
     )
     if c.shared_d_ff:
-      y_BTD = y_BTD + MLP(c.shared_d_ff, self.activation, self.out_scale, name='shared')(x_BTD)
+      y_BTD = y_BTD + MLP(c.shared_d_ff, self.activation, self.out_scale, self.mesh, name='shared')(x_BTD)
     return y_BTD, MoEAux(load_E, balance_loss, entropy, dropped)

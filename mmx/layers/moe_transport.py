@@ -38,7 +38,7 @@ from jax.sharding import PartitionSpec as P
 from mmx.config import ConfigError
 from mmx.kernels_pallas.anything import anything
 from mmx.kernels_pallas.grouped import LANES, sort_by_expert
-from mmx.sharding import AXES, BATCH_AXES, batch_spec, on_shards, platform_of, spec_of
+from mmx.sharding import AXES, BATCH_AXES, batch_spec, gathered, on_shards, platform_of, spec_of
 
 # Logical axes of the experts' matrices. Where each shard has a part, it is one of experts or of rows: the last axis stays
 # in whole tiles, and parts lie one behind the other when they are gathered.
@@ -392,15 +392,10 @@ def expert_parallel(x_BTD, ids_BTk, weights_BTk, w_gate_EDF, w_up_EDF, w_down_EF
   # Matrices are gathered here, so that their gradients are scattered as they are summed: the partitioner would give the
   # whole sum to every chip.
   specs = [spec_of(axes, w.shape, mesh) for axes, w in zip((GATE_AXES, UP_AXES, DOWN_AXES), matrices)]
-
-  def gathered(w, spec):
-    for dimension, named in enumerate(spec):
-      if axes := tuple(axis for axis in jax.tree.leaves(named) if axis not in ('expert', 'tensor')):
-        w = jax.lax.all_gather(w, axes, axis=dimension, tiled=True)
-    return w
+  whole = functools.partial(gathered, held=('expert', 'tensor'))
 
   def on_mesh(x_BTD, ids_BTk, weights_BTk, *matrices):
-    y_BTD, dropped = on_shard(x_BTD, ids_BTk, weights_BTk, *map(gathered, matrices, specs))
+    y_BTD, dropped = on_shard(x_BTD, ids_BTk, weights_BTk, *map(whole, matrices, specs))
     return y_BTD[None], jax.lax.pmean(dropped, (*BATCH_AXES, 'context'))
 
   batch = batch_spec()

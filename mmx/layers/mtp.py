@@ -12,7 +12,7 @@ from mmx.config import Layer, ModelConfig, num_layers
 from mmx.layers.block import remat_block
 from mmx.layers.context import Context
 from mmx.layers.norm import Norm
-from mmx.sharding import cast, fan_in_normal, param
+from mmx.sharding import fan_in_normal, param, product
 
 
 class MTPModule(nn.Module):
@@ -26,9 +26,10 @@ class MTPModule(nn.Module):
   def __call__(self, hidden_BTD, embedded_BTD, context: Context):
     m, D = self.model, self.model.d_model
     normed = lambda name, x: Norm(m.norm, m.norm_eps, name=name)(x)
-    w = param(self, 'w_project', (2 * D, D), ('embed', 'norm'), fan_in_normal(2 * D))
+    axes = 'embed', 'norm'
+    w = param(self, 'w_project', (2 * D, D), axes, fan_in_normal(2 * D))
     parts = normed('embedding_norm', embedded_BTD), normed('hidden_norm', hidden_BTD)
-    x_BTD = jnp.concatenate(parts, axis=-1) @ cast(w, hidden_BTD.dtype)
+    x_BTD = product(jnp.concatenate(parts, axis=-1), w, axes, self.mesh)
     block = remat_block(m)(self.layer, m, self.mesh, name='block')
     x_BTD, _, aux = block(x_BTD, context, jnp.int32(num_layers(m.pattern) - 1), None)
     return x_BTD, normed('final_norm', x_BTD), aux

@@ -19,7 +19,7 @@ from mmx.kernels_pallas import api
 from mmx.layers import attention, context_parallel
 from mmx.layers.context import Context
 from mmx.layers.norm import norm
-from mmx.sharding import cast, fan_in_normal, param
+from mmx.sharding import fan_in_normal, param, product
 
 
 @struct.dataclass
@@ -67,11 +67,12 @@ class SparseAttention(nn.Module):
     """Index queries [B, T, K, Di], one head per kv head, and index keys [B, T, Di], one head for all."""
     m, c = self.model, self.model.msa
     D, K, Di = x_BTD.shape[-1], m.attention.num_kv_heads, c.index_dim
-    w_q = param(self, 'w_index_q', (D, K, Di), ('embed', 'kv_heads', 'head_dim'), fan_in_normal(D))
+    q_axes, k_axes = ('embed', 'kv_heads', 'head_dim'), ('embed', 'head_dim')
+    w_q = param(self, 'w_index_q', (D, K, Di), q_axes, fan_in_normal(D))
     key_init = attention.key_init(m.attention.qk_init, D, lambda: w_q[:, 0])
-    w_k = param(self, 'w_index_k', (D, Di), ('embed', 'head_dim'), key_init)
-    q_BTKDi = jnp.einsum('btd,dki->btki', x_BTD, cast(w_q, x_BTD.dtype))
-    k_BT1Di = (keys_x_BTD @ cast(w_k, x_BTD.dtype))[:, :, None]
+    w_k = param(self, 'w_index_k', (D, Di), k_axes, key_init)
+    q_BTKDi = product(x_BTD, w_q, q_axes, self.mesh)
+    k_BT1Di = product(keys_x_BTD, w_k, k_axes, self.mesh)[:, :, None]
     if c.index_norm == 'per_head':
       q_BTKDi = norm(self, 'index_q_norm', m.norm, q_BTKDi, m.norm_eps)
       k_BT1Di = norm(self, 'index_k_norm', m.norm, k_BT1Di, m.norm_eps)
