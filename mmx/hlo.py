@@ -18,6 +18,7 @@ COLLECTIVES = (
     'collective-broadcast',
 )
 KERNELS = re.compile(r'custom_call_target="[^"]*(tpu_custom_call|mosaic|triton|cudnn|fmha)')
+DOES_NOTHING = '"cost_estimate":{"flops":"0","transcendentals":"0","bytes_accessed":"0"'  # a kernel, so it says
 MOVES_NOTHING = {
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all',
     'partition-id', 'replica-id', 'opt-barrier', 'iota', 'reshape',
@@ -196,6 +197,8 @@ def work(computations, times) -> list[Work]:
     size_of = {i.name: i.bytes for i in computations[name]}
     for i in computations[name]:
       if i.opcode in MOVES_NOTHING or i.opcode.endswith('-done') or i.opcode in ('async-start', 'async-update'):
+        continue
+      if DOES_NOTHING in i.rest:
         continue
       if i.opcode == 'fusion':
         moved = _fusion_traffic(i, size_of, computations)

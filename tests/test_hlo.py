@@ -110,6 +110,21 @@ ENTRY %main (e: f32[64,128], f: s32[]) -> f32[1,128] {
   assert 2 * 512 <= hlo.traffic(computations, hlo.runs(computations, entry)) <= 2 * 512 + 8
 
 
+def test_a_kernel_that_says_it_does_nothing_moves_nothing():
+  call = 'custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzv"'
+  stated = ',"cost_estimate":{"flops":"0","transcendentals":"0","bytes_accessed":"BYTES"}'
+  program = f"""
+ENTRY %main (a: f32[64]) -> f32[128] {{
+  %a = f32[64]{{0}} parameter(0)
+  ROOT %anything = f32[128]{{0}} {call}STATED}}}}
+}}
+"""
+  for moves, wanted in (('0', []), ('512', [(True, 768)]), (None, [(True, 768)])):
+    computations, entry = hlo.parse(program.replace('STATED', stated.replace('BYTES', moves) if moves else ''))
+    done = hlo.work(computations, hlo.runs(computations, entry))
+    assert [(work.kernel, work.bytes) for work in done] == wanted
+
+
 @pytest.mark.parametrize('shape, size', [
     ('f32[]', 4), ('bf16[2,3]{1,0:T(8,128)(2,1)}', 12), ('(s32[4]{0}, (pred[8], f8e4m3fn[2,2]))', 28), ('token[]', 0),
 ])
