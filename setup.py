@@ -32,7 +32,8 @@ setup(
         'test': ['pytest>=8', 'pytest-xdist>=3.6'],
         'hf': ['torch>=2.7', 'transformers>=5.23'],
         # Compilers for chips that are not here: libtpu, and the CUDA plugin without a toolkit.
-        'aot': ['jax[tpu]>=0.10.2,<0.13', 'jax-cuda13-plugin>=0.10.2,<0.13', 'jax-cuda13-pjrt>=0.10.2,<0.13'],
+        'aot': ['jax[tpu]>=0.10.2,<0.13', 'jax-cuda13-plugin>=0.10.2,<0.13', 'jax-cuda13-pjrt>=0.10.2,<0.13',
+                'nvidia-cudnn-cu13'],
         'tpu': ['jax[tpu]>=0.10.2,<0.13'],
         'cuda': ['jax[cuda13]>=0.10.2,<0.13'],
         'gcs': ['gcsfs>=2025.3'],  # workdirs such as gs://bucket/run

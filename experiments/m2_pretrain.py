@@ -56,7 +56,7 @@ LAYOUTS = {
         '192k': Layout(64, 196608, over(64, 8)),
     },
     'v6e_256': {
-        '8k': Layout(256, 8192, over(256)), '32k': Layout(16, 32768, over(16, 16)),
+        '8k': Layout(256, 8192, over(256)), '32k': Layout(64, 32768, over(16, 16)),
         '192k': Layout(16, 196608, over(16, 16), 'offload'),
     },
     'h200_32': {

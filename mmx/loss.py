@@ -92,10 +92,14 @@ def _on_shards(function, mesh, chunk, hidden_BTD, head_DV, targets_BT, mask_BT):
   parts, V = sharding.parts_of(('embed', 'vocab'), head_DV.shape, mesh), head_DV.shape[1]
   add_up, of_head = sharding.sum_of_shards(head_DV.shape, 0, mesh)
 
+  def added_up(dhead_DV):
+    # Without the barrier libtpu 0.0.42 makes one slice of this and its own, and fails over 512 chips ('RET_CHECK').
+    return jax.lax.optimization_barrier(add_up(dhead_DV))[:, :V]
+
   def on_shard(hidden_BTD, head_DV, *arrays):
     head_DV = jnp.pad(head_DV, ((0, 0), (0, -V % COLUMNS)))
     sums, dhidden_BTD, dhead_DV = function(hidden_BTD, sharding.gathered(head_DV, parts), *arrays, -(-chunk // shards))
-    return jax.lax.psum(sums, axes), dhidden_BTD, jax.tree.map(lambda dhead: add_up(dhead)[:, :V], dhead_DV)
+    return jax.lax.psum(sums, axes), dhidden_BTD, jax.tree.map(added_up, dhead_DV)
 
   specs = (tokens, parts, tokens, tokens), (P(), tokens, of_head)
   return sharding.on_tokens(on_shard, mesh, *specs)(hidden_BTD, head_DV, targets_BT, mask_BT)
