@@ -2,8 +2,8 @@
 
 Mesh axes (mmx.config.MeshConfig): replica, fsdp, expert, tensor, context. Rows of a batch are split over the first
 three, so that expert shards also hold tokens, and the tokens of a row over the last. Axis types are Auto: XLA
-propagates, `constrain` pins, `jax.shard_map` is used where the communication is ours (mmx/layers/moe_transport.py,
-mmx/layers/context_parallel.py).
+propagates, `constrain` pins, `jax.shard_map` is used where the communication is ours: of matrices here (`product`), of
+tokens in mmx/layers/moe_transport.py and mmx/layers/context_parallel.py.
 """
 
 import functools
