@@ -40,7 +40,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from mmx.kernels_pallas import index_tpu, sparse_pairs, sparse_tpu
+from mmx.kernels_pallas import divergence_tpu, index_tpu, sparse_pairs, sparse_tpu
 
 H, K, D, DI, BLOCK, TOP_K = 64, 4, 128, 128, 128, 16
 G = H // K
@@ -95,10 +95,16 @@ integers = functools.partial(array, dtype=jnp.int32)
 floats = functools.partial(array, dtype=jnp.float32)
 
 
-def attend(rows, backward=False):
+def sides():
+  """A plan of tiles, and keys, for kernels that go through pairs; most tiles, and blocks."""
   M, blocks = 2048, 1024
   tiles = sparse_pairs.Tiles(integers(M), integers(), None, None, None)
   keys = sparse_pairs.Keys(*[array(blocks, BLOCK, K * D)] * 2, integers(blocks, 1, BLOCK), integers(1))
+  return tiles, keys, M, blocks
+
+
+def attend(rows, backward=False):
+  tiles, keys, M, blocks = sides()
   kernels = sparse_tpu.kernels()
   tile, lanes, grown = array(M, rows, D), integers(M, 2, rows), (floats(blocks, BLOCK, K * D),) * 2
   scales = dict(K=K, scale=D**-0.5)
@@ -106,6 +112,17 @@ def attend(rows, backward=False):
     arguments = tiles, keys, tile, tile, lanes, floats(M, 2, rows), grown
     return functools.partial(kernels.backward, **scales), arguments
   return functools.partial(kernels.forward, **scales), (tiles, keys, tile, lanes)
+
+
+def diverge(rows, stats=False):
+  tiles, keys, M, blocks = sides()
+  r, kernels = rows // G, divergence_tpu.kernels()
+  index_k, index_q, who = array(blocks, BLOCK, DI), array(M, r, DI), integers(M, 2, r)
+  if stats:
+    return functools.partial(kernels.stats, K=K, scale=DI**-0.5), (tiles, keys, index_k, index_q, who)
+  logsumexps, grown = (floats(M, rows), floats(M, r)), floats(blocks, BLOCK, K * DI)
+  arguments = tiles, keys, index_k, array(M, rows, D), index_q, who, logsumexps, grown
+  return functools.partial(kernels.diverge, K=K, scales=(D**-0.5, DI**-0.5)), arguments
 
 
 def select():
@@ -133,6 +150,12 @@ KERNELS = {  # name: (what makes function and arguments, the name it compiles to
     'msa_attend_blocks_backward': (
         functools.partial(attend, 512, True), 'msa_attend_blocks_backward', '512 rows of queries, a block',
         5 * 512 * BLOCK * D),
+    'msa_index_stats': (
+        functools.partial(diverge, 512, True), 'msa_index_stats',
+        f'{sparse_tpu.TILES} of {512 // G} queries, a block each', sparse_tpu.TILES * 512 // G * BLOCK * DI),
+    'msa_divergence': (
+        functools.partial(diverge, 512), 'msa_divergence', f'512 rows of queries, {512 // G} of index queries, a block',
+        512 * BLOCK * D + 3 * 512 // G * BLOCK * DI),
     'msa_index_scores': (
         select, 'msa_index_scores', f'{index_tpu.ROWS} rows of queries, {index_tpu.KEYS} keys',
         index_tpu.ROWS * index_tpu.KEYS * DI),

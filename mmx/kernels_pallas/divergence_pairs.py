@@ -46,6 +46,7 @@ class DivergenceKernels(NamedTuple):
   diverge: Callable
   tile_queries: Callable  # of G: most r
   least_queries: int = 1
+  together: int = 1  # tiles at once: the most tiles are a multiple of it
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -101,7 +102,7 @@ def _one_chunk(keys, index_k_pbD, scales, kernels, dindex_k, chunk):
   queries, index_q_BcKD, logsumexp_BcH = chunk
   B, _, K, _ = index_q_BcKD.shape
   G = logsumexp_BcH.shape[2] // K
-  tiles = sparse_pairs.plan(queries, keys, kernels.tile_queries(G) * G, kernels.least_queries)
+  tiles = sparse_pairs.plan(queries, keys, kernels.tile_queries(G) * G, kernels.least_queries, kernels.together)
   index_queries = queries._replace(q_BcHD=index_q_BcKD)  # one head for each kv head
   index_q_MrD = sparse_pairs.rows_of(index_q_BcKD, index_queries, tiles)
   who = sparse_pairs.who(index_queries, tiles)

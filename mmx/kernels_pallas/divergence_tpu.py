@@ -3,7 +3,9 @@
 Layout. As in `sparse_tpu` keys are in sublanes and queries in lanes, [b, r*G] scores of attention and [b, r] of the
 index branch. A query's G heads are neighbours in lanes, so their sum is a product with a matrix of zeros and ones: that
 is exact in bfloat16, and probabilities enter it in as many bfloat16 parts as the inputs' dtype asks for. Keys that a
-query does not see are masked in the mean, once for G heads. The index keys' gradient grows in VMEM.
+query does not see are masked in the mean, once for G heads. The index keys' gradient grows in VMEM. The first sweep,
+little work and much waiting, takes several tiles a step as attention forward does: 162 cycles a tile on v5p by the
+compiler's schedule, where one a step takes 285 (`scripts/tpu_schedule.py`).
 
 None of it has run on a TPU. Letters as in `divergence_pairs`, and R = r*G.
 """
@@ -18,8 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas.chunks import kernel_product
 from mmx.kernels_pallas.divergence_pairs import DivergenceKernels, divergence_in_tiles
-from mmx.kernels_pallas.sparse import MASKED
-from mmx.kernels_pallas.sparse_tpu import PARAMS, TILE_ROWS, of_the_page, visible
+from mmx.kernels_pallas.sparse_tpu import PARAMS, TILE_ROWS, TILES, of_the_page, seen_scores, stats_and_weights, visible
 
 LEAST_QUERIES = 2  # of a tile: a product with one row of bfloat16 does not compile
 PARTS = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 3}  # numbers of 8 bits that make up a probability
@@ -31,22 +32,29 @@ def selected_divergence_pallas(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, id
 
   Shapes are those that `msa_tpu.unsupported` has nothing to say of; `interpret` is as `pl.pallas_call` takes it.
   """
-  stats, diverge = (functools.partial(function, interpret=interpret) for function in (_stats, _diverge))
-  kernels = DivergenceKernels(stats, diverge, lambda G: max(1, TILE_ROWS // G), LEAST_QUERIES)
   arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
-  return divergence_in_tiles(*arguments, block_size, kernels, part)
+  return divergence_in_tiles(*arguments, block_size, kernels(interpret), part)
+
+
+def kernels(interpret=False):
+  """The two kernels as `divergence_pairs.DivergenceKernels`."""
+  stats, diverge = (functools.partial(function, interpret=interpret) for function in (_stats, _diverge))
+  return DivergenceKernels(stats, diverge, lambda G: max(1, TILE_ROWS // G), LEAST_QUERIES, TILES)
 
 
 def _stats(tiles, keys, index_k_pbD, index_q_MrD, who, K, scale, interpret):
   M, r, D = index_q_MrD.shape
   page_M, who = of_the_page(tiles, keys, who, K)
   b = index_k_pbD.shape[1]
-  tile, block, _ = _specs(K)
+  W = TILES
+  rows = lambda *dims: pl.BlockSpec((W, *dims), lambda m, page: (m, 0, 0))
+  block = lambda i, *dims: pl.BlockSpec((1, *dims), lambda m, page: (page[m * W + i] >> K.bit_length(), 0, 0))
+  blocks = lambda *dims: [block(i, *dims) for i in range(W)]
   return pl.pallas_call(
       functools.partial(_stats_kernel, scale=scale),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=1, grid=(tiles.count,),
-          in_specs=[tile(r, D), tile(2, r), block(b, D), block(1, b)], out_specs=tile(2, r),
+          num_scalar_prefetch=1, grid=(pl.cdiv(tiles.count, W),),
+          in_specs=[rows(r, D), rows(2, r), blocks(b, D), blocks(1, b)], out_specs=rows(2, r),
       ),
       out_shape=jax.ShapeDtypeStruct((M, 2, r), jnp.float32),
       compiler_params=PARAMS,
@@ -55,7 +63,7 @@ def _stats(tiles, keys, index_k_pbD, index_q_MrD, who, K, scale, interpret):
           bytes_accessed=(index_q_MrD.size + M * b * D) * index_q_MrD.dtype.itemsize,
       ),
       interpret=interpret, name='msa_index_stats',
-  )(page_M, index_q_MrD, who, index_k_pbD, keys.segment_p1b)
+  )(page_M, index_q_MrD, who, [index_k_pbD] * W, [keys.segment_p1b] * W)
 
 
 def _diverge(tiles, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dindex_k, K, scales, interpret):
@@ -104,12 +112,10 @@ def _specs(K):
 # kernels
 
 
-def _stats_kernel(page_ref, index_q_ref, who_ref, index_k_ref, segment_ref, stats_ref, *, scale):
-  visible_br = visible(who_ref, segment_ref)
-  scores_br = jnp.where(visible_br, kernel_product(index_k_ref[0], index_q_ref[0], 1, 1) * scale, MASKED)
-  top_1r = jnp.max(scores_br, axis=0, keepdims=True)
-  stats_ref[0, :1] = top_1r
-  stats_ref[0, 1:] = jnp.sum(jnp.where(visible_br, jnp.exp(scores_br - top_1r), 0), axis=0, keepdims=True)
+def _stats_kernel(page_ref, index_q_ref, who_ref, index_k_refs, segment_refs, stats_ref, *, scale):
+  of_tile = lambda i: seen_scores(index_k_refs[i][0], index_q_ref[i], who_ref.at[pl.ds(i, 1)], segment_refs[i])
+  for i, scores_br in enumerate([of_tile(i) for i in range(TILES)]):
+    stats_ref[i], _ = stats_and_weights(scores_br, scale)
 
 
 def _diverge_kernel(

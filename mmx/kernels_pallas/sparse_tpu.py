@@ -132,19 +132,23 @@ def visible(who_ref, segment_ref):
   return (lax.broadcasted_iota(jnp.int32, (b, 1), 0) <= who_ref[0, :1]) & (segment_b1 == who_ref[0, 1:])
 
 
-def _scores(k_bD, q_rD, who_ref, segment_ref):
+def seen_scores(k_bD, q_rD, who_ref, segment_ref):
   """Unscaled scores [b, rows], MASKED where a query does not see a key."""
   return jnp.where(visible(who_ref, segment_ref), kernel_product(k_bD, q_rD, 1, 1), MASKED)
 
 
+def stats_and_weights(scores, scale):
+  """Of unscaled scores [b, rows] the two rows of a tile's stats, [2, rows], and exp(scaled score - greatest)."""
+  top = jnp.maximum(jnp.max(scores, axis=0, keepdims=True), MASKED / 2)  # what is masked lies far below, ever
+  weights = jnp.exp2((scores - top) * (scale * LOG2E))
+  return jnp.concatenate([top * scale, jnp.sum(weights, axis=0, keepdims=True)]), weights
+
+
 def _forward_kernel(page_ref, q_ref, who_ref, k_refs, v_refs, segment_refs, out_ref, stats_ref, *, scale):
-  of_tile = lambda i: _scores(k_refs[i][0], q_ref[i], who_ref.at[pl.ds(i, 1)], segment_refs[i])
+  of_tile = lambda i: seen_scores(k_refs[i][0], q_ref[i], who_ref.at[pl.ds(i, 1)], segment_refs[i])
   for i, scores in enumerate([of_tile(i) for i in range(len(k_refs))]):
     v_bD = v_refs[i][0]
-    top = jnp.maximum(jnp.max(scores, axis=0, keepdims=True), MASKED / 2)  # what is masked lies far below, ever
-    weights = jnp.exp2((scores - top) * (scale * LOG2E))
-    stats_ref[i, :1] = top * scale
-    stats_ref[i, 1:] = jnp.sum(weights, axis=0, keepdims=True)
+    stats_ref[i], weights = stats_and_weights(scores, scale)
     out_ref[i] = kernel_product(weights.astype(v_bD.dtype), v_bD, 0, 0).astype(out_ref.dtype)
 
 
@@ -160,7 +164,7 @@ def _backward_kernel(
 
   q_rD, dout_rD, k_bD, v_bD = q_ref[0], dout_ref[0], k_ref[0], v_ref[0]
   logsumexp, delta = stats_ref[0, :1], stats_ref[0, 1:]
-  weights = jnp.exp2(_scores(k_bD, q_rD, who_ref, segment_ref) * (scale * LOG2E) - logsumexp * LOG2E)
+  weights = jnp.exp2(seen_scores(k_bD, q_rD, who_ref, segment_ref) * (scale * LOG2E) - logsumexp * LOG2E)
   dscores = (weights * (kernel_product(v_bD, dout_rD, 1, 1) - delta) * scale).astype(k_bD.dtype)
   dk_ref[0] += kernel_product(dscores, q_rD, 1, 0)
   dv_ref[0] += kernel_product(weights.astype(v_bD.dtype), dout_rD, 1, 0)
