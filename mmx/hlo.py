@@ -235,7 +235,7 @@ def _read(i, size_of) -> float:
     return i.bytes
   if i.opcode == 'dynamic-update-slice':
     return size_of.get(i.operands[1], 0)
-  return sum(size_of.get(operand, 0) for operand in i.operands)
+  return sum(size_of.get(operand, 0) for operand in dict.fromkeys(i.operands))  # several windows on an array
 
 
 def _written(i, size_of) -> float:

@@ -125,6 +125,18 @@ ENTRY %main (a: f32[64]) -> f32[128] {{
     assert [(work.kernel, work.bytes) for work in done] == wanted
 
 
+def test_an_array_that_a_kernel_is_given_several_times_is_read_once():
+  program = """
+ENTRY %main (a: f32[64], b: f32[16]) -> f32[128] {
+  %a = f32[64]{0} parameter(0)
+  %b = f32[16]{0} parameter(1)
+  ROOT %blocks = f32[128]{0} custom-call(%a, %b, %a, %a), custom_call_target="tpu_custom_call"
+}
+"""
+  computations, entry = hlo.parse(program)
+  assert hlo.traffic(computations, hlo.runs(computations, entry)) == 4 * (64 + 16 + 128)
+
+
 @pytest.mark.parametrize('shape, size', [
     ('f32[]', 4), ('bf16[2,3]{1,0:T(8,128)(2,1)}', 12), ('(s32[4]{0}, (pred[8], f8e4m3fn[2,2]))', 28), ('token[]', 0),
 ])

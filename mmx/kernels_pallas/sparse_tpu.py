@@ -10,7 +10,7 @@ What a step of the grid costs beside its products is counted by `scripts/tpu_sch
 kernel as its row of blocks and its head in one word, for each window would divide by P and K; copies are not checked
 against bounds that a plan keeps by construction; scores are masked once, far below every maximum, where weights would
 be masked again; and the rows of a tile go through at once. Forward, a step takes four tiles, and makes the scores of
-all of them first: what one of them waits for, the others fill (v5p 561 cycles a tile where one a step takes 952). Each
+all of them first: what one of them waits for, the others fill (v5p 546 cycles a tile where one a step takes 952). Each
 copies its own block, a quarter more beside 512 rows.
 
 Letters as in `sparse_pairs`.
