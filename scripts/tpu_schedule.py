@@ -7,8 +7,7 @@ Each kernel is compiled in a child process that has libtpu write its final sched
 a cycle at best, and the slots that each fills. Heads are MiniMax-M3's: 64 of queries, 4 of keys, dimensions of 128,
 blocks of 128, k = 16, bfloat16, segments.
 
-  bundles   of the whole kernel for one step of its grid: every branch, taken or not, and what stands before and after
-            the loop over the grid. Loops inside a step are counted once.
+  bundles   of one step of the kernel's grid: every branch, taken or not, but for loops inside, which are counted apart.
   ideal     cycles of a step's matrix products at the peak of the chip: FLOPs / (2 * units * side**2).
   share     ideal / bundles: the greatest share of the matrix units' time that this schedule can fill.
   slots     of the matrix units that the compiler counts as taken, of all; also of vector units, loads and stores.
@@ -16,7 +15,8 @@ blocks of 128, k = 16, bfloat16, segments.
             The compiler puts products closer than units can take them; what else a chip waits for is not in it.
 
 It ranks variants and bounds what a chip can do. It is no time measured: copies from memory that come late, for one, do
-not show. Prefill adds up cycles times steps, and bytes at the chip's bandwidth where those take longer.
+not show. Prefill adds up cycles times steps, and bytes at the chip's bandwidth where those take longer, of kernels and
+of what XLA makes between them.
 """
 
 import collections
@@ -95,33 +95,36 @@ integers = functools.partial(array, dtype=jnp.int32)
 floats = functools.partial(array, dtype=jnp.float32)
 
 
-def sides():
-  """A plan of tiles, and keys, for kernels that go through pairs; most tiles, and blocks."""
-  M, blocks = 2048, 1024
-  tiles = sparse_pairs.Tiles(integers(M), integers(), None, None, None)
-  keys = sparse_pairs.Keys(*[array(blocks, BLOCK, K * D)] * 2, integers(blocks, 1, BLOCK), integers(1))
-  return tiles, keys, M, blocks
+TILES, BLOCKS, QUERIES = 2048, 1024, 1536
 
 
-def attend(rows, backward=False):
-  tiles, keys, M, blocks = sides()
-  kernels = sparse_tpu.kernels()
-  tile, lanes, grown = array(M, rows, D), integers(M, 2, rows), (floats(blocks, BLOCK, K * D),) * 2
-  scales = dict(K=K, scale=D**-0.5)
+def keys():
+  return sparse_pairs.Keys(*[array(BLOCKS, BLOCK, K * D)] * 2, integers(BLOCKS, 1, BLOCK), integers(1))
+
+
+def attend(r, backward=False):
+  """Of tiles of r queries."""
+  all_queries, pairs = array(1, 2 * QUERIES, H, D), QUERIES * TOP_K + r
+  of_tiles, of_queries = [integers(TILES)] * 2 + [integers(TILES + 1)], [integers(QUERIES + 1)] * 2
+  plan = sparse_tpu.Plan(*of_tiles, integers(pairs), *of_queries, integers(3))
+  options = dict(K=K, scale=D**-0.5)
   if backward:
-    arguments = tiles, keys, tile, tile, lanes, floats(M, 2, rows), grown
-    return functools.partial(kernels.backward, **scales), arguments
-  return functools.partial(kernels.forward, **scales), (tiles, keys, tile, lanes)
+    stats, grown = [floats(1, 2 * QUERIES, H)] * 2, [floats(BLOCKS, BLOCK, K * D)] * 2
+    call = lambda plan, grown, keys, rows, stats: sparse_tpu.attend_chunk_backward(
+        (plan, r), grown, keys=keys, rows=rows, stats=stats, **options)
+    return call, (plan, (all_queries, *grown), keys(), [all_queries] * 2, stats)
+  call = lambda plan, out, keys, q: sparse_tpu.attend_chunk((plan, r), out, keys=keys, q_BTXD=q, **options)
+  return call, (plan, all_queries, keys(), all_queries)
 
 
 def diverge(rows, stats=False):
-  tiles, keys, M, blocks = sides()
-  r, kernels = rows // G, divergence_tpu.kernels()
-  index_k, index_q, who = array(blocks, BLOCK, DI), array(M, r, DI), integers(M, 2, r)
+  M, r, kernels = TILES, rows // G, divergence_tpu.kernels()
+  tiles = sparse_pairs.Tiles(integers(M), integers(), *[None] * 5)
+  index_k, index_q, who = array(BLOCKS, BLOCK, DI), array(M, r, DI), integers(M, 2, r)
   if stats:
-    return functools.partial(kernels.stats, K=K, scale=DI**-0.5), (tiles, keys, index_k, index_q, who)
-  logsumexps, grown = (floats(M, rows), floats(M, r)), floats(blocks, BLOCK, K * DI)
-  arguments = tiles, keys, index_k, array(M, rows, D), index_q, who, logsumexps, grown
+    return functools.partial(kernels.stats, K=K, scale=DI**-0.5), (tiles, keys(), index_k, index_q, who)
+  logsumexps, grown = (floats(M, rows), floats(M, r)), floats(BLOCKS, BLOCK, K * DI)
+  arguments = tiles, keys(), index_k, array(M, rows, D), index_q, who, logsumexps, grown
   return functools.partial(kernels.diverge, K=K, scales=(D**-0.5, DI**-0.5)), arguments
 
 
@@ -144,15 +147,11 @@ def splash():
 
 
 KERNELS = {  # name: (what makes function and arguments, the name it compiles to, a step, multiplications of a step)
-    'msa_attend_blocks': (
-        functools.partial(attend, 512), 'msa_attend_blocks', f'{sparse_tpu.TILES} of 512 rows of queries, a block each',
-        sparse_tpu.TILES * 2 * 512 * BLOCK * D),
     'msa_attend_blocks_backward': (
-        functools.partial(attend, 512, True), 'msa_attend_blocks_backward', '512 rows of queries, a block',
-        5 * 512 * BLOCK * D),
+        functools.partial(attend, 32, True), 'msa_attend_blocks_backward', '32 queries, a block', 5 * 512 * BLOCK * D),
     'msa_index_stats': (
         functools.partial(diverge, 512, True), 'msa_index_stats',
-        f'{sparse_tpu.TILES} of {512 // G} queries, a block each', sparse_tpu.TILES * 512 // G * BLOCK * DI),
+        f'{divergence_tpu.TILES} of {512 // G} queries, a block each', divergence_tpu.TILES * 512 // G * BLOCK * DI),
     'msa_divergence': (
         functools.partial(diverge, 512), 'msa_divergence', f'512 rows of queries, {512 // G} of index queries, a block',
         512 * BLOCK * D + 3 * 512 // G * BLOCK * DI),
@@ -162,10 +161,10 @@ KERNELS = {  # name: (what makes function and arguments, the name it compiles to
     'msa_index_largest': (select, 'msa_index_largest', '128 rows of queries', 0),
     'splash': (splash, 'splash', f'{SPLASH} queries, {SPLASH} keys', 2 * SPLASH * SPLASH * D),
 }
-for rows in (16, 32, 64, 128, 256):  # tiles where fewer queries share a block
-  KERNELS[f'msa_attend_blocks_{rows}'] = (
-      functools.partial(attend, rows), 'msa_attend_blocks', f'{sparse_tpu.TILES} of {rows} rows of queries, a block each',
-      sparse_tpu.TILES * 2 * rows * BLOCK * D)
+for r in (1, 2, 4, 8, 16, 32):  # queries that share a block
+  W = sparse_tpu.tiles_of_a_step(r, BLOCK * D * 2)
+  KERNELS['msa_attend_blocks' if r == 32 else f'msa_attend_blocks_{r}'] = (
+      functools.partial(attend, r), 'msa_attend_blocks', f'{W} of {r} queries, a block each', W * 2 * r * G * BLOCK * D)
 
 ALL = [name for name in KERNELS if not re.search(r'\d', name)]
 KERNEL = flags.DEFINE_multi_enum('kernel', ALL, list(KERNELS), 'Which kernel; repeat it for several.')
@@ -182,11 +181,14 @@ OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the figures; none is
 def schedule(kernel, chip):
   """The figures of a kernel's schedule, as the docstring of this file defines them: a dict."""
   make, file, step, products = KERNELS[kernel]
-  found = schedule_files(make, chip)
-  bundles, (capacity, taken) = found[next(name for name in found if name.startswith(file))]
+  found, _ = schedule_files(make, chip)
+  every, (capacity, taken_of_bundle) = found[next(name for name in found if name.startswith(file))]
+  bundles = [text for loop, text in every if loop == 1]
+  loops = np.array([loop for loop, _ in every])
+  taken = {unit: int(column[loops == 1].sum()) for unit, column in taken_of_bundle.items()}
   side, units = info(chip).mxu_column_size, info(chip).num_mxus
   ideal = products / (units * side**2)
-  calls = [re.findall(r'vmatmul\S*\.mxu(\d)', text) for _, text in bundles]
+  calls = [re.findall(r'vmatmul\S*\.mxu(\d)', text) for text in bundles]
   hold = ideal * units / max(1, sum(map(len, calls)))
   now, free = 0, collections.Counter()
   for units_here in calls:
@@ -199,24 +201,26 @@ def schedule(kernel, chip):
       'cycles': math.ceil(max([now, *free.values()])), 'share': ideal / len(bundles),
       'slots': {name: taken[unit] / (capacity[unit] * len(bundles)) for unit, name in named.items()},
       'spills': taken['VSTORE:SPILL'], 'fills': taken['VLOAD:FILL'],
-      'loops': [own for _, own in sorted(collections.Counter(loop for loop, _ in bundles if loop).items())],
+      'loops': np.bincount(loops)[1:].tolist(),
   }
 
 
 @functools.cache
 def schedule_files(make, chip):
-  """Compiles in a process of its own: {kernel: (bundles, (capacity, taken))}; bundles as `read_bundles` has them."""
+  """Compiles in a process of its own: ({kernel: (bundles, (capacity, taken))}, the program as text); bundles as
+  `read_bundles` has them.
+  """
   with tempfile.TemporaryDirectory() as folder:
     fresh = multiprocessing.get_context('spawn')  # libtpu reads its flags once, as it is loaded
     with concurrent.futures.ProcessPoolExecutor(1, fresh) as pool:
-      pool.submit(compile_, make, chip, folder).result()
+      text = pool.submit(compile_, make, chip, folder).result()
     found = {}
     for path in sorted(pathlib.Path(folder).glob('*-final_bundles.txt')):
       match = re.fullmatch(r'(\d+)-(.+?)(\.\d+)?-\d+-final_bundles.txt', path.name)
       slots = list(path.parent.glob(f'{match[1]}-*-final_hlo-static-per-bundle-utilization.txt')) if match else []
       if slots:
         found[match[2]] = read_bundles(path.read_text()), read_slots(slots[0].read_text())
-    return found
+    return found, text
 
 
 def compile_(make, chip, folder):
@@ -228,7 +232,7 @@ def compile_(make, chip, folder):
   here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    jax.jit(function).trace(*placed).lower(lowering_platforms=('tpu',)).compile()
+    return jax.jit(function).trace(*placed).lower(lowering_platforms=('tpu',)).compile().as_text()
 
 
 def read_bundles(text):
@@ -246,11 +250,11 @@ def read_bundles(text):
 
 
 def read_slots(text):
-  """(slots of a bundle, slots taken in all) by unit."""
+  """(slots of a bundle, slots taken in each) by unit."""
   lines = [line for line in text.splitlines() if line.strip()]
   units = lines[1].replace(',', ' ').split()
-  taken = np.array([list(map(int, line.split())) for line in lines[4:]]).sum(axis=0)
-  return dict(zip(units, map(int, lines[2].split()))), dict(zip(units, map(int, taken)))
+  taken = np.array([list(map(int, line.split())) for line in lines[4:]])
+  return dict(zip(units, map(int, lines[2].split()))), dict(zip(units, taken.T))
 
 
 def info(chip):
@@ -272,7 +276,7 @@ def prefill(tokens, chip):
   bytes_a_cycle = info(chip).mem_bw_bytes_per_second * peak / info(chip).bf16_ops_per_second
   parts = {
       'index scores': index_scores(tokens, chip), 'largest blocks': largest_blocks(tokens, chip),
-      'blocks': blocks(tokens, chip), 'gathers and sums': (0, moved_around(tokens)),
+      'pairs sorted': sorting(tokens, chip), 'blocks': blocks(tokens, chip),
   }
   parts = {name: {'cycles': round(cycles), 'copies': round(size / bytes_a_cycle)}
            for name, (cycles, size) in parts.items()}
@@ -280,11 +284,11 @@ def prefill(tokens, chip):
   dense = 2 * tokens**2 * H * D / peak
   tiles = tokens // SPLASH
   splash_cycles = H * tiles * (tiles + 1) // 2 * schedule('splash', chip)['cycles']
-  c, r, memory = chunk(tokens)
+  c, r = chunk(tokens)
   return {
       'chip': chip, 'tokens': tokens, 'parts': parts, 'msa': total, 'dense': round(dense), 'splash': int(splash_cycles),
       'dense / msa': dense / total, 'splash / msa': splash_cycles / total,
-      'queries of a chunk': c, 'queries of a tile': r, 'rows held, MiB': memory / 2**20,
+      'queries of a chunk': c, 'queries of a tile': r,
   }
 
 
@@ -304,12 +308,41 @@ def largest_blocks(tokens, chip):
   return cycles, 4 * tokens * K * -(-tokens // BLOCK)
 
 
+def sorting(tokens, chip):
+  """XLA's part, from a chunk's choices to tiles: what libtpu states for each instruction, and two sorts of each head's
+  pairs, whose bundles have no loop if they are one head's.
+  """
+  c, _ = chunk(tokens)
+  _, text = schedule_files(functools.partial(sorted_pairs, tokens), chip)
+  stated = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+  found, _ = schedule_files(functools.partial(one_sort, c * TOP_K), chip)
+  (sort,) = (bundles for name, (bundles, _) in found.items() if name.startswith('sort'))
+  return -(-tokens // c) * (stated + 2 * K * len(sort)), 0
+
+
+def one_sort(pairs):
+  return functools.partial(jax.lax.sort, is_stable=False), (integers(pairs),)
+
+
+def sorted_pairs(tokens):
+  c, _ = chunk(tokens)
+  queries = sparse_tpu.Queries(integers(1, c, K, TOP_K), integers(1, c), integers(1, c))
+  pages = array(-(-tokens // BLOCK), BLOCK, K * D)
+  keys = sparse_pairs.Keys(pages, pages, None, integers(1))
+  plans = lambda queries, keys, start: sparse_tpu.plans(queries, keys, start, sparse_tpu.TILE_ROWS // G)[0]
+  return plans, (queries, keys, integers())
+
+
 def blocks(tokens, chip):
-  c, r, _ = chunk(tokens)
-  name = 'msa_attend_blocks' if r * G == sparse_tpu.TILE_ROWS else f'msa_attend_blocks_{r * G}'
+  """Steps; and what the first and the last of a chunk and kv head do for each 128 rows of queries."""
+  c, r = chunk(tokens)
+  report = schedule('msa_attend_blocks' if r == 32 else f'msa_attend_blocks_{r}', chip)
+  calls = -(-tokens // c) * K
   sampled = np.linspace(c, tokens, SAMPLES).astype(int)
-  tiles = np.mean([tiles_of(end, c, r) for end in sampled]) * tokens / c * K
-  return tiles * schedule(name, chip)['cycles'] / sparse_tpu.TILES, 2 * tiles * 2 * (r * G + BLOCK) * D
+  tiles = np.mean([tiles_of(end, c, r) for end in sampled]) * calls
+  around = calls * -(-(c + 1) * G // sparse_pairs.LANES) * sum(report['loops'][-2:])
+  steps = tiles / sparse_tpu.tiles_of_a_step(r, BLOCK * D * 2)
+  return steps * report['cycles'] + around, 2 * tiles * 2 * BLOCK * D + 2 * 2 * tokens * H * D
 
 
 def tiles_of(end, c, r):
@@ -321,22 +354,13 @@ def tiles_of(end, c, r):
   return np.sum(-(-shared // r))
 
 
-def moved_around(tokens):
-  """Bytes of pairs' rows outside the kernel: queries read and written; outputs read, written in order and read again;
-  the sum in float32 read and written by some choices at once."""
-  return tokens * K * TOP_K * G * D * (5 * 2 + 2 * 4 / sparse_pairs.SUM_AT_ONCE)
-
-
+@functools.cache
 def chunk(tokens):
-  """(queries of a chunk, queries of a tile, bytes of its rows of queries and outputs at most)."""
-  inputs = array(1, tokens, H, D), *[array(1, tokens, K, D)] * 2, integers(1, tokens, K, TOP_K), integers(1, tokens)
-  sides = functools.partial(sparse_pairs.sides, segments=None, b=BLOCK, one_head=True)
-  queries, keys = jax.eval_shape(sides, *inputs)
-  one_chunk = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), queries)
-  plan = lambda queries, keys: sparse_pairs.plan(sparse_pairs.of_head(queries, 0, K), keys, sparse_tpu.TILE_ROWS)
-  tiles = jax.eval_shape(plan, one_chunk, keys)
-  M, r = tiles.query_Mr.shape
-  return queries.q_BcHD.shape[2], r, 2 * 2 * M * r * G * D
+  """(queries of a chunk, queries of a tile)."""
+  c = sparse_tpu.chunk_length(array(1, tokens, H, D), array(1, tokens, K, D), TOP_K, BLOCK)
+  plan = functools.partial(sparse_pairs.plan, P=-(-tokens // BLOCK), least=1, most=sparse_tpu.TILE_ROWS // G)
+  tiles = jax.eval_shape(plan, integers(1, c, 1, TOP_K), integers(1, c))
+  return c, tiles.query_Mr.shape[1]
 
 
 if __name__ == '__main__':

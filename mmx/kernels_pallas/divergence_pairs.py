@@ -102,7 +102,9 @@ def _one_chunk(keys, index_k_pbD, scales, kernels, dindex_k, chunk):
   queries, index_q_BcKD, logsumexp_BcH = chunk
   B, _, K, _ = index_q_BcKD.shape
   G = logsumexp_BcH.shape[2] // K
-  tiles = sparse_pairs.plan(queries, keys, kernels.tile_queries(G) * G, kernels.least_queries, kernels.together)
+  P = keys.k_pbX.shape[0] // B
+  least, most = max(kernels.least_queries, 16 // G), kernels.tile_queries(G)
+  tiles = sparse_pairs.plan(queries.ids_BcKk, queries.slot_Bc, P, least, most, kernels.together)
   index_queries = queries._replace(q_BcHD=index_q_BcKD)  # one head for each kv head
   index_q_MrD = sparse_pairs.rows_of(index_q_BcKD, index_queries, tiles)
   who = sparse_pairs.who(index_queries, tiles)

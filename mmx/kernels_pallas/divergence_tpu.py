@@ -20,9 +20,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas.chunks import kernel_product
 from mmx.kernels_pallas.divergence_pairs import DivergenceKernels, divergence_in_tiles
-from mmx.kernels_pallas.sparse_tpu import PARAMS, TILE_ROWS, TILES, of_the_page, seen_scores, stats_and_weights, visible
+from mmx.kernels_pallas.sparse import MASKED
+from mmx.kernels_pallas.sparse_tpu import LOG2E, TILE_ROWS, visible
 
+TILES = 4  # of a step of the first sweep
 LEAST_QUERIES = 2  # of a tile: a product with one row of bfloat16 does not compile
+PARAMS = pltpu.CompilerParams(dimension_semantics=('arbitrary',), disable_bounds_checks=True)
 PARTS = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 3}  # numbers of 8 bits that make up a probability
 
 
@@ -99,6 +102,15 @@ def _diverge(tiles, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dind
   return kl_M1r[:, 0], *gradients
 
 
+def of_the_page(tiles, keys, who, K):
+  """Each tile's row of blocks and head in one word, and `who` with slots counted from the block's first."""
+  P, b = keys.k_pbX.shape[0] // keys.last_B.shape[0], keys.k_pbX.shape[1]
+  page_M = tiles.page_M
+  row_block_M, head_M = page_M // (P * K) * P + page_M % P, page_M // P % K
+  first_M2 = jnp.stack([page_M % P * b, jnp.zeros_like(page_M)], axis=1)
+  return row_block_M * 2 ** K.bit_length() + head_M, who - first_M2[..., None]
+
+
 def _specs(K):
   """BlockSpecs by their last two dims: of a tile, of what a block's heads share, of one head's."""
   bits = K.bit_length()
@@ -113,9 +125,14 @@ def _specs(K):
 
 
 def _stats_kernel(page_ref, index_q_ref, who_ref, index_k_refs, segment_refs, stats_ref, *, scale):
-  of_tile = lambda i: seen_scores(index_k_refs[i][0], index_q_ref[i], who_ref.at[pl.ds(i, 1)], segment_refs[i])
+  def of_tile(i):
+    seen_br = visible(who_ref[i, :1], who_ref[i, 1:], segment_refs[i])
+    return jnp.where(seen_br, kernel_product(index_k_refs[i][0], index_q_ref[i], 1, 1), MASKED)
+
   for i, scores_br in enumerate([of_tile(i) for i in range(TILES)]):
-    stats_ref[i], _ = stats_and_weights(scores_br, scale)
+    top_1r = jnp.maximum(jnp.max(scores_br, axis=0, keepdims=True), MASKED / 2)  # what is masked lies far below, ever
+    weights_br = jnp.exp2((scores_br - top_1r) * (scale * LOG2E))
+    stats_ref[i] = jnp.concatenate([top_1r * scale, jnp.sum(weights_br, axis=0, keepdims=True)])
 
 
 def _diverge_kernel(
@@ -127,7 +144,8 @@ def _diverge_kernel(
   def _():
     dindex_k_ref[...] = before_ref[...]
 
-  visible_br, index_q_rD, index_k_bD = visible(who_ref, segment_ref), index_q_ref[0], index_k_ref[0]
+  visible_br = visible(who_ref[0, :1], who_ref[0, 1:], segment_ref)
+  index_q_rD, index_k_bD = index_q_ref[0], index_k_ref[0]
   teacher_br = _teacher(q_ref[0], k_ref[0], logsumexp_ref[0], scales[0], index_q_rD.shape[0], parts)
   teacher_br = jnp.where(visible_br, teacher_br, 0)
   scores_br = kernel_product(index_k_bD, index_q_rD, 1, 1) * scales[1]

@@ -1,11 +1,12 @@
-"""Attention over selected blocks on accelerators: keys outside, queries gathered (arXiv:2606.13392, section 4).
+"""Attention over selected blocks on accelerators: keys outside, queries inside (arXiv:2606.13392, section 4).
 
 A chunk of queries and one kv head at a time: for the same memory, a chunk of all heads would have its queries share a
-block 1/K as often. XLA sorts the chunk's pairs (query, block) by page, one block of one row and kv head, cuts the run
-of each page into tiles of r queries and gathers their rows; a kernel of the platform (`TileKernels`) goes through the
-tiles that there are. Each pair's output is weighed by log-sum-exp and gathered per query; the gradients of keys and
-values grow in float32 from tile to tile of a page and from chunk to chunk. All orders are fixed, so equal inputs give
-equal bits. On CPU `sparse.msa_gather` does the same in batches of small products.
+block 1/K as often. XLA sorts the chunk's pairs (query, block) by page, one block of one row and kv head, and cuts the
+run of each page into tiles of r queries (`plan`). On TPU `sparse_tpu` keeps a chunk's queries in VMEM and goes on by
+itself. On GPUs (`attend_in_tiles`) XLA gathers the tiles' rows, a kernel (`TileKernels`) goes through the tiles that
+there are, and each pair's output is weighed by log-sum-exp and gathered per query. The gradients of keys and values grow
+in float32 from tile to tile of a page and from chunk to chunk. All orders are fixed, so equal inputs give equal bits. On
+CPU `sparse.msa_gather` does the same in batches of small products.
 
 Layout. Keys and values are held as [B*P, b, K*D]: one copy of each, in which a block of one head is a legal block of
 memory. D is Dh padded to a multiple of 128, as the tiles of a TPU's memory are anyhow. Pairs' outputs are held in the
@@ -54,7 +55,6 @@ class TileKernels(NamedTuple):
   backward: Callable
   tile_rows: int  # most r*G
   least_rows: int = 1  # below which a tile costs no less
-  together: int = 1  # tiles at once: the most tiles are a multiple of it
 
 
 def unsupported(q_BTHDh, k_BSKDh, block_size, top_k, tile_rows) -> str:
@@ -67,8 +67,8 @@ def unsupported(q_BTHDh, k_BSKDh, block_size, top_k, tile_rows) -> str:
     return f'{H // K} query heads per kv head; at most {tile_rows} are supported'
   if q_BTHDh.dtype not in (jnp.bfloat16, jnp.float32) or k_BSKDh.dtype != q_BTHDh.dtype:
     return f'dtypes {q_BTHDh.dtype} and {k_BSKDh.dtype}; bfloat16 or float32, the same for both, are supported'
-  if B * K * top_k * (B * K * -(-S // block_size) + 1) >= 2**31:
-    return f'{B} rows of {S} slots with {K} kv heads; pairs of one token times blocks must stay below 2**31'
+  if (B * K * top_k - 1).bit_length() + (B * K * -(-S // block_size)).bit_length() > 31:
+    return f'{B} rows of {S} slots with {K} kv heads; pairs of one token times blocks must stay below 2**29'
   return ''
 
 
@@ -157,8 +157,12 @@ attend_in_tiles.defvjp(_forward, _backward)
 
 
 def _tiles(queries, keys, kernels):
-  G = queries.q_BcHD.shape[2] // queries.ids_BcKk.shape[2]
-  return plan(queries, keys, kernels.tile_rows, kernels.least_rows // G, kernels.together)
+  """Of one kv head."""
+  B, _, G, D = queries.q_BcHD.shape
+  P, K = keys.k_pbX.shape[0] // B, keys.k_pbX.shape[2] // D
+  least, most = max(kernels.least_rows, 16) // G, kernels.tile_rows // G
+  tiles = plan(queries.ids_BcKk, queries.slot_Bc, P, max(least, 1), most)
+  return tiles._replace(page_M=(tiles.page_M // P * K + queries.head) * P + tiles.page_M % P)
 
 
 def _attend(queries, keys, tiles, K, scale, kernels):
@@ -232,21 +236,30 @@ def sides(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, b, one_head=F
   B, T, H, _ = q_BTHDh.shape
   S, K = k_BSKDh.shape[1:3]
   k = ids_BTKk.shape[3]
-  query_segments, key_segments = segments or (jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32))
+  query_segments, key_segments = segments or (jnp.zeros((B, T), jnp.int32), None)
   q_BTHD = whole_lanes(q_BTHDh)
   P = -(-S // b)
   heads, times = (1, min(max(P // 1024, 1), LONGEST)) if one_head else (K, 1)
   pairs = times * CHUNK_ELEMENTS // (H // K * q_BTHD.shape[-1])
-  pairs = min(pairs, CHUNK_PAIRS, (2**31 - 1) // (B * heads * P + 1))
-  chunks = -(-T // max(1, pairs // (B * heads * k)))
+  chunks = -(-T // max(1, min(pairs, most_pairs(B * heads * P)) // (B * heads * k)))
   c = -(-T // chunks)
   queries = Queries(split(q_BTHD, c), split(ids_BTKk, c, -1), split(slots_BT, c, -1), split(query_segments, c))
+  return queries, keys_in_blocks(k_BSKDh, v_BSKDh, slots_BT, key_segments, b)
+
+
+def most_pairs(pages):
+  """Of a chunk: a tile's page stands in scalar memory, a pair and its page in 31 bits."""
+  return min(CHUNK_PAIRS, 2 ** (31 - pages.bit_length()))
+
+
+def keys_in_blocks(k_BSKDh, v_BSKDh, slots_BT, segments_BS, b) -> Keys:
+  B, S = k_BSKDh.shape[:2]
   last_B = jnp.max(slots_BT, axis=1)
   used_BS1 = (jnp.arange(S, dtype=jnp.int32)[None] <= last_B[:, None])[..., None]
   used_blocks = lambda x: jnp.where(in_blocks(used_BS1, b), in_blocks(whole_lanes(x), b), 0)
   k_pbX, v_pbX = used_blocks(k_BSKDh), used_blocks(v_BSKDh)
-  segment_p1b = in_blocks(key_segments, b).reshape(-1, 1, b)
-  return queries, Keys(k_pbX, v_pbX, segment_p1b, last_B)
+  segments_BS = jnp.zeros((B, S), jnp.int32) if segments_BS is None else segments_BS
+  return Keys(k_pbX, v_pbX, in_blocks(segments_BS, b).reshape(-1, 1, b), last_B)
 
 
 def in_blocks(x, b):
@@ -265,51 +278,62 @@ def whole_lanes(x):
 
 
 class Tiles(NamedTuple):
-  """Tile m is up to r queries that chose one page, (row * K + head) * P + block. Pair n*k + j is query n's choice j."""
+  """Tile m is up to r queries that chose one page, (row * K + head) * P + block: of the pairs sorted by page, those from
+  first_M1[m] to first_M1[m + 1]. Pair n*k + j is query n's choice j.
+  """
 
   page_M: jax.Array
   count: jax.Array  # tiles that there are, at least 1: the first is computed even when it is empty
-  query_Mr: jax.Array  # n; N where there is none
+  first_M1: jax.Array  # tiles that are not there begin, and end, where the last pair ends
+  query_R: jax.Array  # n of the sorted pairs, choices of -1 last
+  query_Mr: jax.Array  # of each tile; N where there is none
   place_Nk: jax.Array  # where each pair stands among all M*r, 0 for choices of -1
   valid_Nk: jax.Array
 
 
-def plan(queries, keys, tile_rows, least=1, together=1) -> Tiles:
-  """Sorts the pairs of one chunk by page and cuts the run of each page into tiles of at least `least` queries; the most
-  tiles are a multiple of `together`.
+def plan(ids_BcKk, slot_Bc, P, least, most, together=1) -> Tiles:
+  """Sorts the pairs of one chunk by page, of P blocks a row and head, and cuts the run of each page into tiles of at
+  least `least` queries and at most `most`, which wins; the most tiles are a multiple of `together`.
+
+  Sorts and running sums alone, but for query_Mr: by libtpu's schedule an element gathered or scattered takes 7 to 10
+  cycles, one sorted a third of a cycle. What is not used of the result is not computed.
   """
-  B, c, K, k = queries.ids_BcKk.shape
-  P, G = keys.k_pbX.shape[0] // B, queries.q_BcHD.shape[2] // K
+  B, c, K, k = ids_BcKk.shape
   N, R, pages = B * c * K, B * c * K * k, B * K * P
   shared = max(1, R // pages)  # queries that choose a block, on average
-  r = min(max(2 ** (shared.bit_length() - 1), -(-16 // G), least), max(1, tile_rows // G))
+  r = min(max(2 ** (shared.bit_length() - 1), least), most)
   M = -(-min(R, R // r + pages) // together) * together
+  pair_bits, page_bits = (R - 1).bit_length(), pages.bit_length()
 
   first_page_BK = (jnp.arange(B, dtype=jnp.int32)[:, None] * K + jnp.arange(K, dtype=jnp.int32)[None]) * P
-  valid_BcKk = (queries.ids_BcKk >= 0) & (queries.slot_Bc >= 0)[:, :, None, None]
-  page_R = jnp.where(valid_BcKk, first_page_BK[:, None, :, None] + queries.ids_BcKk, pages).reshape(R)
+  valid_BcKk = (ids_BcKk >= 0) & (slot_Bc >= 0)[:, :, None, None]
+  page_R = jnp.where(valid_BcKk, first_page_BK[:, None, :, None] + ids_BcKk, pages).reshape(R)
   index_R = jnp.arange(R, dtype=jnp.int32)
-  # One 32-bit key holds page and pair, by the choice of c: a sort of it compiles in a quarter of the time of a pair's.
-  key_R = lax.sort(page_R * R + index_R, is_stable=False)
-  page_R, pair_R = key_R // R, key_R % R
+  # One 32-bit key holds page and pair: a sort of it compiles in a quarter of the time of a pair's.
+  key_R = lax.sort(page_R << pair_bits | index_R, is_stable=False)
+  page_R, pair_R = key_R >> pair_bits, key_R & 2**pair_bits - 1
+  there_R = page_R < pages
+  total = jnp.sum(there_R, dtype=jnp.int32)
 
-  search = lambda ends, n, side: jnp.searchsorted(ends, jnp.arange(n, dtype=jnp.int32), side=side).astype(jnp.int32)
-  start_p = search(page_R, pages + 1, 'left')  # of each page among the sorted pairs
-  tiles_p = (start_p[1:] - start_p[:-1] + r - 1) // r
-  end_p = jnp.cumsum(tiles_p, dtype=jnp.int32)
-  first_p = end_p - tiles_p
-  page_M = jnp.minimum(search(end_p, M, 'right'), pages - 1)
-  sorted_M = start_p[page_M] + (jnp.arange(M, dtype=jnp.int32) - first_p[page_M]) * r
-  sorted_Mr = sorted_M[:, None] + jnp.arange(r, dtype=jnp.int32)[None]
-  here_Mr = sorted_Mr < start_p[page_M + 1][:, None]
-  query_Mr = jnp.where(here_Mr, pair_R[jnp.minimum(sorted_Mr, R - 1)] // k, N)
-  page_R, there_R = jnp.minimum(page_R, pages - 1), page_R < pages
-  place_R = jnp.where(there_R, first_p[page_R] * r + index_R - start_p[page_R], 0)
-  place_R = jnp.zeros(R, jnp.int32).at[pair_R].set(place_R, unique_indices=True)
-  if queries.head is not None:  # pages so far are row * P + block
-    heads = keys.k_pbX.shape[2] // queries.q_BcHD.shape[3]
-    page_M = (page_M // P * heads + queries.head) * P + page_M % P
-  return Tiles(page_M, jnp.maximum(end_p[-1], 1), query_Mr, place_R.reshape(N, k), valid_BcKk.reshape(N, k))
+  new_R = page_R != jnp.concatenate([jnp.full(1, -1, jnp.int32), page_R[:-1]])
+  of_page_R = index_R - lax.cummax(jnp.where(new_R, index_R, 0))  # how many of its page stand before it
+  begins_R = there_R & (of_page_R % r == 0)
+  tile_R = jnp.cumsum(begins_R, dtype=jnp.int32) - 1
+  none = jnp.iinfo(jnp.int32).max
+  tile_M = lax.sort(jnp.where(begins_R, index_R << page_bits | page_R, none), is_stable=False)[:M]
+  tile_M1 = jnp.pad(tile_M, (0, M + 1 - tile_M.size), constant_values=none)
+  first_M1 = jnp.where(tile_M1 == none, total, tile_M1 >> page_bits)
+  page_M = jnp.where(tile_M1 == none, 0, tile_M1 & 2**page_bits - 1)[:M]
+
+  query_R = pair_R // k
+  sorted_Mr = first_M1[:-1, None] + jnp.arange(r, dtype=jnp.int32)[None]
+  query_Mr = jnp.where(sorted_Mr < first_M1[1:, None], query_R[jnp.minimum(sorted_Mr, R - 1)], N)
+  place_R = jnp.where(there_R, tile_R * r + of_page_R % r, 0)
+  _, place_R = lax.sort((pair_R, place_R), num_keys=1, is_stable=False)
+  return Tiles(
+      page_M, jnp.maximum(tile_R[-1] + 1, 1), first_M1, query_R, query_Mr, place_R.reshape(N, k),
+      valid_BcKk.reshape(N, k),
+  )
 
 
 def rows_of(x_BcHD, queries, tiles):

@@ -13,14 +13,21 @@ def tpu_schedule(monkeypatch):
   return importlib.import_module('tpu_schedule')
 
 
+# v6e's units are four times as large: a query's heads are then too few rows for what each of them waits for.
 @pytest.mark.parametrize('kernel', ['msa_attend_blocks', 'msa_attend_blocks_backward'])
-@pytest.mark.parametrize('chip', ['v5p', 'v6e'])
-def test_attention_over_blocks_fills_30_percent_of_the_matrix_units(tpu_schedule, kernel, chip):
+@pytest.mark.parametrize('chip, least', [('v5p', 0.4), ('v6e', 0.25)])
+def test_attention_over_blocks_fills_the_matrix_units(tpu_schedule, kernel, chip, least):
   report = tpu_schedule.schedule(kernel, chip)
-  assert report['share'] >= 0.3
+  assert report['share'] >= least
   assert report['share'] == report['ideal'] / report['bundles']
 
 
 def test_a_naive_step_of_few_rows_fills_less(tpu_schedule):
-  """The measure tells a kernel of 64 rows a step from one of 512: it does not count the products alone."""
-  assert tpu_schedule.schedule('msa_attend_blocks_64', 'v5p')['share'] < 0.2
+  """The measure tells a kernel of 2 queries a tile from one of 32: it does not count the products alone."""
+  assert tpu_schedule.schedule('msa_attend_blocks_2', 'v5p')['share'] < 0.2
+
+
+def test_what_xla_makes_around_the_kernel_costs_less_than_the_kernel(tpu_schedule):
+  """Gathers and scatters of single elements, of which a plan once consisted, cost it twice over."""
+  tokens, chip = 2**17, 'v5p'
+  assert tpu_schedule.sorting(tokens, chip)[0] < 0.2 * tpu_schedule.blocks(tokens, chip)[0]

@@ -54,7 +54,7 @@ def test_parts_of_a_page_are_all_added_once(monkeypatch, counts):
   """Whatever tiles its pages have: parts that `_add_kernel` adds are those of shares that begin amid the page."""
   monkeypatch.setattr(sparse_gpu, 'SHARES', 5)
   strips, pages = 2, np.repeat(np.arange(len(counts)), counts)
-  tiles = sparse_pairs.Tiles(jnp.asarray([*pages, 8, 8], jnp.int32), jnp.int32(len(pages)), None, None, None)
+  tiles = sparse_pairs.Tiles(jnp.asarray([*pages, 8, 8], jnp.int32), jnp.int32(len(pages)), *[None] * 5)
   each = -(-len(pages) * strips // 5)
   page_of = lambda s: pages[s // strips]
   starts = [s for s in range(each, len(pages) * strips, each) if page_of(s) == page_of(s - 1)]

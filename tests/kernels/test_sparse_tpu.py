@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx.kernels_pallas import sparse_pairs, sparse_tpu
+from mmx.kernels_pallas import sparse_tpu
 from mmx.kernels_pallas.sparse_tpu import attend_blocks, unsupported
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
@@ -16,8 +16,9 @@ TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
   """Chunks of few queries and tiles of few, so that every loop turns more than once."""
-  monkeypatch.setattr(sparse_pairs, 'CHUNK_ELEMENTS', 2**18)
+  monkeypatch.setattr(sparse_tpu, 'VMEM_BYTES', 2**20)
   monkeypatch.setattr(sparse_tpu, 'TILE_ROWS', 64)
+  monkeypatch.setattr(sparse_tpu, 'STEP_QUERIES', 16)
 
 
 def make(B=2, T=101, H=8, K=2, Dh=32, b=16, k=3, dtype=jnp.float32, segments=True, padded=5):
@@ -98,13 +99,14 @@ def test_values_and_gradients_are_those_of_the_masked_softmax(shape):
   assert_same(make(**shape))
 
 
-def test_a_tile_gives_the_same_bits_alone_in_a_step_as_beside_others(monkeypatch):
+@pytest.mark.parametrize('tiles', [4, 16])
+def test_how_many_tiles_a_step_takes_changes_nothing(tiles, monkeypatch):
   *inputs, b = make()
-  run = lambda: jax.jit(lambda *a: kernel(*a, b))(*inputs)
-  together = run()
-  monkeypatch.setattr(sparse_tpu, 'TILE_BYTES', 0)
-  for found, wanted in zip(run(), together, strict=True):
-    np.testing.assert_array_equal(found, wanted)
+  monkeypatch.setattr(sparse_tpu, 'STEP_QUERIES', tiles)
+  monkeypatch.setattr(sparse_tpu, 'MOST_TILES', tiles)
+  monkeypatch.setattr(sparse_tpu, 'TILE_ROWS', 8)
+  out, _ = jax.jit(lambda *a: kernel(*a, b))(*inputs)
+  assert_close(out, dense(*inputs, b)[0], jnp.float32)
 
 
 def test_all_blocks_chosen_are_full_causal_attention():
