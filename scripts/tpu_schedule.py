@@ -40,7 +40,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from mmx.kernels_pallas import divergence_tpu, index_tpu, sparse_pairs, sparse_tpu
+from mmx.kernels_pallas import divergence_tpu, index_tpu, resident_tpu, sparse_pairs, sparse_tpu
 
 H, K, D, DI, BLOCK, TOP_K = 64, 4, 128, 128, 128, 16
 G = H // K
@@ -102,30 +102,32 @@ def keys():
   return sparse_pairs.Keys(*[array(BLOCKS, BLOCK, K * D)] * 2, integers(BLOCKS, 1, BLOCK), integers(1))
 
 
+def plan(r):
+  of_tiles, of_queries = [integers(TILES)] * 2 + [integers(TILES + 1)], [integers(QUERIES + 1)] * 2
+  return resident_tpu.Plan(*of_tiles, integers(QUERIES * TOP_K + r), *of_queries, integers(3))
+
+
 def attend(r, backward=False):
   """Of tiles of r queries."""
-  all_queries, pairs = array(1, 2 * QUERIES, H, D), QUERIES * TOP_K + r
-  of_tiles, of_queries = [integers(TILES)] * 2 + [integers(TILES + 1)], [integers(QUERIES + 1)] * 2
-  plan = sparse_tpu.Plan(*of_tiles, integers(pairs), *of_queries, integers(3))
-  options = dict(K=K, scale=D**-0.5)
+  all_queries, options = array(1, 2 * QUERIES, H, D), dict(K=K, scale=D**-0.5)
   if backward:
     stats, grown = [floats(1, 2 * QUERIES, H)] * 2, [floats(BLOCKS, BLOCK, K * D)] * 2
     call = lambda plan, grown, keys, rows, stats: sparse_tpu.attend_chunk_backward(
         (plan, r), grown, keys=keys, rows=rows, stats=stats, **options)
-    return call, (plan, (all_queries, *grown), keys(), [all_queries] * 2, stats)
+    return call, (plan(r), (all_queries, *grown), keys(), [all_queries] * 2, stats)
   call = lambda plan, out, keys, q: sparse_tpu.attend_chunk((plan, r), out, keys=keys, q_BTXD=q, **options)
-  return call, (plan, all_queries, keys(), all_queries)
+  return call, (plan(r), all_queries, keys(), all_queries)
 
 
-def diverge(rows, stats=False):
-  M, r, kernels = TILES, rows // G, divergence_tpu.kernels()
-  tiles = sparse_pairs.Tiles(integers(M), integers(), *[None] * 5)
-  index_k, index_q, who = array(BLOCKS, BLOCK, DI), array(M, r, DI), integers(M, 2, r)
+def diverge(r, stats=False):
+  all_queries, index_q, index_k = array(1, 2 * QUERIES, H, D), floats(QUERIES + 1, 1, DI), array(BLOCKS, BLOCK, DI)
   if stats:
-    return functools.partial(kernels.stats, K=K, scale=DI**-0.5), (tiles, keys(), index_k, index_q, who)
-  logsumexps, grown = (floats(M, rows), floats(M, r)), floats(BLOCKS, BLOCK, K * DI)
-  arguments = tiles, keys(), index_k, array(M, rows, D), index_q, who, logsumexps, grown
-  return functools.partial(kernels.diverge, K=K, scales=(D**-0.5, DI**-0.5)), arguments
+    call = lambda plan, *inputs: divergence_tpu.index_stats((plan, r), *inputs, K, DI**-0.5)
+    return call, (plan(r), keys(), index_k, index_q, all_queries)
+  carried = floats(1, 1, sparse_pairs.LANES), floats(BLOCKS, BLOCK, K * DI)
+  logsumexps = floats(1, 2 * QUERIES, H), floats(QUERIES + 1, 1, sparse_pairs.LANES)
+  call = lambda plan, *inputs: divergence_tpu.diverge((plan, r), *inputs, K, G, (D**-0.5, DI**-0.5))
+  return call, (plan(r), carried, keys(), index_k, (all_queries, index_q), logsumexps)
 
 
 def select():
@@ -150,11 +152,11 @@ KERNELS = {  # name: (what makes function and arguments, the name it compiles to
     'msa_attend_blocks_backward': (
         functools.partial(attend, 32, True), 'msa_attend_blocks_backward', '32 queries, a block', 5 * 512 * BLOCK * D),
     'msa_index_stats': (
-        functools.partial(diverge, 512, True), 'msa_index_stats',
-        f'{divergence_tpu.TILES} of {512 // G} queries, a block each', divergence_tpu.TILES * 512 // G * BLOCK * DI),
+        functools.partial(diverge, 32, True), 'msa_index_stats', f'{divergence_tpu.TILES} of 32 queries, a block each',
+        divergence_tpu.TILES * 32 * BLOCK * DI),
     'msa_divergence': (
-        functools.partial(diverge, 512), 'msa_divergence', f'512 rows of queries, {512 // G} of index queries, a block',
-        512 * BLOCK * D + 3 * 512 // G * BLOCK * DI),
+        functools.partial(diverge, 32), 'msa_divergence', '32 queries, a block',
+        32 * G * BLOCK * D + 3 * 32 * BLOCK * DI),
     'msa_index_scores': (
         select, 'msa_index_scores', f'{index_tpu.ROWS} rows of queries, {index_tpu.KEYS} keys',
         index_tpu.ROWS * index_tpu.KEYS * DI),
@@ -326,10 +328,10 @@ def one_sort(pairs):
 
 def sorted_pairs(tokens):
   c, _ = chunk(tokens)
-  queries = sparse_tpu.Queries(integers(1, c, K, TOP_K), integers(1, c), integers(1, c))
+  queries = resident_tpu.Queries(integers(1, c, K, TOP_K), integers(1, c), integers(1, c))
   pages = array(-(-tokens // BLOCK), BLOCK, K * D)
   keys = sparse_pairs.Keys(pages, pages, None, integers(1))
-  plans = lambda queries, keys, start: sparse_tpu.plans(queries, keys, start, sparse_tpu.TILE_ROWS // G)[0]
+  plans = lambda queries, keys, start: resident_tpu.plans(queries, keys, start, 1, resident_tpu.TILE_ROWS // G)[0]
   return plans, (queries, keys, integers())
 
 
@@ -357,8 +359,8 @@ def tiles_of(end, c, r):
 @functools.cache
 def chunk(tokens):
   """(queries of a chunk, queries of a tile)."""
-  c = sparse_tpu.chunk_length(array(1, tokens, H, D), array(1, tokens, K, D), TOP_K, BLOCK)
-  plan = functools.partial(sparse_pairs.plan, P=-(-tokens // BLOCK), least=1, most=sparse_tpu.TILE_ROWS // G)
+  c = resident_tpu.chunk_length(array(1, tokens, H, D), array(1, tokens, K, D), TOP_K, BLOCK)
+  plan = functools.partial(sparse_pairs.plan, P=-(-tokens // BLOCK), least=1, most=resident_tpu.TILE_ROWS // G)
   tiles = jax.eval_shape(plan, integers(1, c, 1, TOP_K), integers(1, c))
   return c, tiles.query_Mr.shape[1]
 

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmx.kernels_pallas import hopper, sparse_gpu
-from mmx.kernels_pallas.divergence_pairs import DivergenceKernels, divergence_in_tiles
+from mmx.kernels_pallas.divergence_pairs import DivergenceKernels, divergence, in_tiles
 from mmx.kernels_pallas.sparse_gpu import COLUMNS, ROWS, STRIP, Walk
 
 WIDTH = 8  # columns of registers that stay together
@@ -41,13 +41,14 @@ def unsupported(q_BTHDh, k_BSKDh, index_q_BTKDi) -> str:
 
 def selected_divergence_hopper(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT,
                                block_size, interpret=False, part=None):
-  """`divergence_pairs.divergence_in_tiles` by the kernels below: kl [B] float32.
+  """`divergence_pairs.divergence` by the kernels below: kl [B] float32.
 
   `interpret` is False for the card, `hopper.simulator()` for tests.
   """
   stats, diverge = (functools.partial(function, interpret=interpret) for function in (_stats, _diverge))
   arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
-  return divergence_in_tiles(*arguments, block_size, DivergenceKernels(stats, diverge, lambda G: STRIP), part)
+  kernels = DivergenceKernels(stats, diverge, lambda G: STRIP)
+  return divergence(*arguments, block_size, functools.partial(in_tiles, kernels=kernels), part)
 
 
 def _stats(tiles, keys, index_k_pbD, index_q_MrD, who, K, scale, interpret):

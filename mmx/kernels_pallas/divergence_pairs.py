@@ -46,12 +46,11 @@ class DivergenceKernels(NamedTuple):
   diverge: Callable
   tile_queries: Callable  # of G: most r
   least_queries: int = 1
-  together: int = 1  # tiles at once: the most tiles are a multiple of it
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def divergence_in_tiles(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT,
-                        block_size, kernels: DivergenceKernels, part=None):
+def divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size,
+               diverge, part=None):
   """KL(P || P_idx) over each query's selected tokens: kl [B] float32; the kl of `reference.msa`.
 
   Args:
@@ -59,25 +58,48 @@ def divergence_in_tiles(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk,
     ids_BTKk: int32 blocks of each query, no block twice, -1 for none.
     logsumexp_BTKG: float32, of the attention's scores of each query over its blocks.
     segment_ids_BT: a query sees the tokens up to its own of its segment; queries of segment 0 are left out.
+    diverge: what makes it of the first six, slots_BT, segments (of queries, of keys) and the block size: kl, and its
+      gradients of index_q and index_k.
     part: None, or which of the row's queries these are: see `chunks.Part`.
 
   The gradient reaches index_q and index_k only, and is made on the way forward.
   """
   arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
-  return _forward(*arguments, block_size, kernels, part)[0]
+  return _forward(*arguments, block_size, diverge, part)[0]
 
 
 def _forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size,
-             kernels, part=None):
+             diverge, part=None):
+  slots_BT, segments = places(segment_ids_BT, part)
+  slots_BT = jnp.where(segment_ids_BT > 0, slots_BT, -1)
+  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG
+  kl_B, *dindex = diverge(*arguments, slots_BT, segments, block_size)
+  return kl_B, checkpoint_name(tuple(dindex), 'mixer')
+
+
+def _backward(block_size, diverge, dindex, dkl_B):
+  per_row = lambda x: x * dkl_B.reshape((-1,) + (1,) * (x.ndim - 1)).astype(x.dtype)
+  return None, None, *map(per_row, dindex), None, None, None, None
+
+
+divergence.defvjp(_forward, _backward)
+
+
+def index_keys_in_blocks(index_k_BTDi, keys, block_size):
+  """[B*P, b, D], zeros where `keys.last_B` says that no query looks."""
+  used_BS1 = jnp.arange(index_k_BTDi.shape[1], dtype=jnp.int32)[None, :, None] <= keys.last_B[:, None, None]
+  return sparse_pairs.in_blocks(sparse_pairs.whole_lanes(jnp.where(used_BS1, index_k_BTDi, 0)), block_size)
+
+
+def in_tiles(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, slots_BT, segments, block_size,
+             kernels: DivergenceKernels):
+  """What `divergence` takes as `diverge`, of a platform's kernels."""
   B, T, H, Dh = q_BTHDh.shape
   K, Di = index_q_BTKDi.shape[2:]
   S = k_BTKDh.shape[1]
-  slots_BT, segments = places(segment_ids_BT, part)
-  slots_BT = jnp.where(segment_ids_BT > 0, slots_BT, -1)
   chunks, keys = sparse_pairs.sides(q_BTHDh, k_BTKDh, k_BTKDh, ids_BTKk, slots_BT, segments, block_size)
   c = chunks.q_BcHD.shape[2]
-  used_BS1 = jnp.arange(S, dtype=jnp.int32)[None, :, None] <= keys.last_B[:, None, None]
-  index_k_pbD = sparse_pairs.in_blocks(sparse_pairs.whole_lanes(jnp.where(used_BS1, index_k_BTDi, 0)), block_size)
+  index_k_pbD = index_keys_in_blocks(index_k_BTDi, keys, block_size)
   D = index_k_pbD.shape[-1]
   diverge = functools.partial(_one_chunk, keys, index_k_pbD, (Dh**-0.5, Di**-0.5), kernels)
   start = jnp.zeros((*index_k_pbD.shape[:2], K * D), jnp.float32)
@@ -85,16 +107,7 @@ def _forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_
   logsumexp = split(logsumexp_BTKG.reshape(B, T, H), c)
   dindex_k, (kl, dindex_q) = lax.scan(diverge, start, (chunks, index_q, logsumexp))
   dindex_k_BTDi = jnp.sum(dindex_k.reshape(B, -1, K, D), axis=2)[:, :S, :Di].astype(index_k_BTDi.dtype)
-  dindex = join(dindex_q, T)[..., :Di], dindex_k_BTDi
-  return jnp.sum(kl, axis=0), checkpoint_name(dindex, 'mixer')
-
-
-def _backward(block_size, kernels, dindex, dkl_B):
-  per_row = lambda x: x * dkl_B.reshape((-1,) + (1,) * (x.ndim - 1)).astype(x.dtype)
-  return None, None, *map(per_row, dindex), None, None, None, None
-
-
-divergence_in_tiles.defvjp(_forward, _backward)
+  return jnp.sum(kl, axis=0), join(dindex_q, T)[..., :Di], dindex_k_BTDi
 
 
 def _one_chunk(keys, index_k_pbD, scales, kernels, dindex_k, chunk):
@@ -104,7 +117,7 @@ def _one_chunk(keys, index_k_pbD, scales, kernels, dindex_k, chunk):
   G = logsumexp_BcH.shape[2] // K
   P = keys.k_pbX.shape[0] // B
   least, most = max(kernels.least_queries, 16 // G), kernels.tile_queries(G)
-  tiles = sparse_pairs.plan(queries.ids_BcKk, queries.slot_Bc, P, least, most, kernels.together)
+  tiles = sparse_pairs.plan(queries.ids_BcKk, queries.slot_Bc, P, least, most)
   index_queries = queries._replace(q_BcHD=index_q_BcKD)  # one head for each kv head
   index_q_MrD = sparse_pairs.rows_of(index_q_BcKD, index_queries, tiles)
   who = sparse_pairs.who(index_queries, tiles)

@@ -1,13 +1,14 @@
-"""The divergence of MSA's index branch as Pallas kernels for TPU; `divergence_pairs` says what they make.
+"""The divergence of MSA's index branch as Pallas kernels for TPU, a chunk's queries in VMEM: see `resident_tpu`;
+`divergence_pairs` says what the two sweeps make.
 
-Layout. As in `sparse_tpu` keys are in sublanes and queries in lanes, [b, r*G] scores of attention and [b, r] of the
-index branch. A query's G heads are neighbours in lanes, so their sum is a product with a matrix of zeros and ones: that
-is exact in bfloat16, and probabilities enter it in as many bfloat16 parts as the inputs' dtype asks for. Keys that a
-query does not see are masked in the mean, once for G heads. The index keys' gradient grows in VMEM. The first sweep,
-little work and much waiting, takes several tiles a step as attention forward does: 162 cycles a tile on v5p by the
-compiler's schedule, where one a step takes 285 (`scripts/tpu_schedule.py`).
+Layout. In the first sweep, little work and much waiting, index queries stand in sublanes and keys in lanes; each query's
+maximum and sum are raised as in `sparse_tpu`, several tiles a step. In the second keys are in sublanes and queries in
+lanes, [b, r*G] scores of attention and [b, r] of the index branch. A query's G heads are neighbours in lanes, so their
+sum is a product with a matrix of zeros and ones: that is exact in bfloat16, and probabilities enter it in as many
+bfloat16 parts as the inputs' dtype asks for. Keys that a query does not see are masked in the mean, once for G heads.
+The index keys' gradient grows in VMEM from tile to tile of a block, the index queries' and the divergence over a chunk.
 
-None of it has run on a TPU. Letters as in `divergence_pairs`, and R = r*G.
+None of it has run on a TPU. Letters as in `resident_tpu` and `divergence_pairs`, and R = r*G.
 """
 
 import functools
@@ -18,144 +19,222 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mmx.kernels_pallas import resident_tpu as resident
 from mmx.kernels_pallas.chunks import kernel_product
-from mmx.kernels_pallas.divergence_pairs import DivergenceKernels, divergence_in_tiles
+from mmx.kernels_pallas.divergence_pairs import divergence, index_keys_in_blocks
 from mmx.kernels_pallas.sparse import MASKED
-from mmx.kernels_pallas.sparse_tpu import LOG2E, TILE_ROWS, visible
+from mmx.kernels_pallas.sparse_pairs import LANES, whole_lanes
+from mmx.kernels_pallas.sparse_tpu import LOG2E, per_lane
 
 TILES = 4  # of a step of the first sweep
+ROWS = 8  # at once, where all that a chunk has are set or read
 LEAST_QUERIES = 2  # of a tile: a product with one row of bfloat16 does not compile
-PARAMS = pltpu.CompilerParams(dimension_semantics=('arbitrary',), disable_bounds_checks=True)
+NEVER = 1e30  # a logsumexp against which nothing has probability
 PARTS = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 3}  # numbers of 8 bits that make up a probability
 
 
 def selected_divergence_pallas(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT,
                                block_size, interpret=False, part=None):
-  """`divergence_pairs.divergence_in_tiles` by the kernels below: kl [B] float32.
+  """`divergence_pairs.divergence` by the kernels below: kl [B] float32.
 
   Shapes are those that `msa_tpu.unsupported` has nothing to say of; `interpret` is as `pl.pallas_call` takes it.
   """
   arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
-  return divergence_in_tiles(*arguments, block_size, kernels(interpret), part)
+  return divergence(*arguments, block_size, functools.partial(_divergence, interpret=interpret), part)
 
 
-def kernels(interpret=False):
-  """The two kernels as `divergence_pairs.DivergenceKernels`."""
-  stats, diverge = (functools.partial(function, interpret=interpret) for function in (_stats, _diverge))
-  return DivergenceKernels(stats, diverge, lambda G: max(1, TILE_ROWS // G), LEAST_QUERIES, TILES)
+def _divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, slots_BT, segments, block_size,
+                interpret):
+  B, T, H, Dh = q_BTHDh.shape
+  K, Di = index_q_BTKDi.shape[2:]
+  q_BTXD, queries, keys, starts = resident.sides(q_BTHDh, k_BTKDh, k_BTKDh, ids_BTKk, slots_BT, segments, block_size)
+  index_k_pbD, index_q_BTKD = index_keys_in_blocks(index_k_BTDi, keys, block_size), whole_lanes(index_q_BTKDi)
+  more = q_BTXD.shape[2] // K - H // K
+  logsumexp_BTKG = jnp.pad(logsumexp_BTKG, ((0, 0),) * 3 + ((0, more),), constant_values=NEVER)
+  logsumexp_BTX = logsumexp_BTKG.reshape(B, T, -1)
+
+  def one(plan, carried):
+    N = plan[0].slot_N1.size - 1
+    place = 0, plan[0].place[0], plan[0].place[1], 0
+    index_q_ND = lax.dynamic_slice(index_q_BTKD, place, (B, N // B, 1, index_q_BTKD.shape[3])).reshape(N, -1)
+    index_q_N1D = jnp.pad(index_q_ND, ((0, 1), (0, 0))).astype(jnp.float32)[:, None]
+    index_logsumexp_N1L = index_stats(plan, keys, index_k_pbD, index_q_N1D, q_BTXD, K, Di**-0.5, interpret)
+    both = (q_BTXD, index_q_N1D), (logsumexp_BTX, index_logsumexp_N1L)
+    return diverge(plan, carried, keys, index_k_pbD, *both, K, H // K, (Dh**-0.5, Di**-0.5), interpret)
+
+  zeros = jnp.zeros((B, 1, LANES)), jnp.zeros((*index_k_pbD.shape[:2], K * index_k_pbD.shape[2]), jnp.float32)
+  (kl_B1L, dindex_k), dindex_q = resident.each_chunk_and_head(one, zeros, queries, keys, starts, LEAST_QUERIES)
+  dindex_k_BTKD = dindex_k.reshape(B, -1, K, index_k_pbD.shape[2])[:, : index_k_BTDi.shape[1], :, :Di]
+  dindex_q_BTKDi = resident.joined(dindex_q, B, T)[..., :Di]
+  return jnp.sum(kl_B1L, axis=(1, 2)), dindex_q_BTKDi, jnp.sum(dindex_k_BTKD, axis=2).astype(index_k_BTDi.dtype)
 
 
-def _stats(tiles, keys, index_k_pbD, index_q_MrD, who, K, scale, interpret):
-  M, r, D = index_q_MrD.shape
-  page_M, who = of_the_page(tiles, keys, who, K)
-  b = index_k_pbD.shape[1]
-  W = TILES
-  rows = lambda *dims: pl.BlockSpec((W, *dims), lambda m, page: (m, 0, 0))
-  block = lambda i, *dims: pl.BlockSpec((1, *dims), lambda m, page: (page[m * W + i] >> K.bit_length(), 0, 0))
-  blocks = lambda *dims: [block(i, *dims) for i in range(W)]
+def index_stats(plan, keys, index_k_pbD, index_q_N1D, q_BTXD, K, scale, interpret=False):
+  """logsumexp of each query's index scores over its blocks, float32 [N + 1, 1, L] in all lanes, 0 if it chose none."""
+  plan, r = plan
+  rows, *_ = resident.rows_held(q_BTXD, plan, K)
+  b, D = index_k_pbD.shape[1:]
+  W, M, scalars = TILES, plan.block_M.size, len(plan)
+  block = lambda i, *shape: pl.BlockSpec((1, *shape), lambda m, block_M, *_: (block_M[m * W + i], 0, 0))
+  blocks = lambda *shape: [block(i, *shape) for i in range(W)]
+  whole = lambda shape: pl.BlockSpec(shape, lambda *_: (0, 0, 0))
   return pl.pallas_call(
-      functools.partial(_stats_kernel, scale=scale),
+      functools.partial(_stats_kernel, scale=scale, r=r),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=1, grid=(pl.cdiv(tiles.count, W),),
-          in_specs=[rows(r, D), rows(2, r), blocks(b, D), blocks(1, b)], out_specs=rows(2, r),
+          num_scalar_prefetch=scalars, grid=(pl.cdiv(plan.place[2], W),),
+          in_specs=[whole(index_q_N1D.shape), blocks(b, D), blocks(1, b)], out_specs=whole((rows, 1, LANES)),
+          scratch_shapes=[pltpu.VMEM((rows, 1, LANES), jnp.float32)] * 2,
       ),
-      out_shape=jax.ShapeDtypeStruct((M, 2, r), jnp.float32),
-      compiler_params=PARAMS,
+      out_shape=jax.ShapeDtypeStruct((rows, 1, LANES), jnp.float32),
+      compiler_params=resident.params(6 * rows * 8 * LANES * 4),
       cost_estimate=pl.CostEstimate(
           flops=2 * M * r * b * D, transcendentals=M * r * b,
-          bytes_accessed=(index_q_MrD.size + M * b * D) * index_q_MrD.dtype.itemsize,
+          bytes_accessed=index_q_N1D.size * 4 + M * b * D * index_k_pbD.dtype.itemsize,
       ),
       interpret=interpret, name='msa_index_stats',
-  )(page_M, index_q_MrD, who, [index_k_pbD] * W, [keys.segment_p1b] * W)
+  )(*plan, index_q_N1D, [index_k_pbD] * W, [keys.segment_p1b] * W)[: index_q_N1D.shape[0]]
 
 
-def _diverge(tiles, keys, index_k_pbD, q_MrD, index_q_MrD, who, logsumexps, dindex_k, K, scales, interpret):
-  (M, rows, D), (r, Di) = q_MrD.shape, index_q_MrD.shape[1:]
-  b, parts = index_k_pbD.shape[1], PARTS[q_MrD.dtype]
-  tile, block, head = _specs(K)
-  page_M, who = of_the_page(tiles, keys, who, K)
-  attention, index = (x[:, None] for x in logsumexps)
-  kl_M1r, *gradients = pl.pallas_call(
-      functools.partial(_diverge_kernel, scales=scales, parts=parts),
+def diverge(plan, carried, keys, index_k_pbD, queries, logsumexps, K, G_real, scales, interpret=False):
+  """Of a chunk and kv head: (kl of each row so far, [B, 1, L] to be added up, and the index keys' gradient so far as
+  each kv head has it, float32 [B*P, b, K*D], both with this one's added), and the index queries' gradient [N, D].
+
+  `logsumexps` are attention's, [B, T, X], and the index branch's.
+  """
+  plan, r = plan
+  q_BTXD, index_q_N1D = queries
+  rows, N, G, D = resident.rows_held(q_BTXD, plan, K)
+  (b, Di), parts = index_k_pbD.shape[1:], PARTS[q_BTXD.dtype]
+  P = index_k_pbD.shape[0] // q_BTXD.shape[0]
+  scalars = *plan, plan.block_M // P
+  block = lambda *shape: pl.BlockSpec((1, *shape), lambda m, block_M, *_: (block_M[m], 0, 0))
+  of_head = lambda D: pl.BlockSpec((1, b, D), lambda m, block_M, *more: (block_M[m], 0, more[-2][1]))
+  whole = lambda *shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+  kl_B1L, dindex_k_pbX = carried
+  M, first = plan.block_M.size, len(scalars)
+  (logsumexp_BTX, index_logsumexp), dtype = logsumexps, q_BTXD.dtype
+  inputs = q_BTXD, resident.lanes_of_chunk(logsumexp_BTX, plan, G), index_q_N1D, index_logsumexp
+  kl_B1L, dindex_k_pbX, dindex_q = pl.pallas_call(
+      functools.partial(_diverge_kernel, scales=scales, parts=parts, r=r, G_real=G_real),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=1, grid=(tiles.count,),
+          num_scalar_prefetch=first, grid=(plan.place[2],),
           in_specs=[
-              tile(rows, D), tile(1, rows), tile(r, Di), tile(1, r), tile(2, r),
-              head(b, D), block(b, Di), block(1, b), head(b, Di),
+              resident.IN_PLACE, *[whole(*x.shape) for x in inputs[1:]], whole(*kl_B1L.shape), of_head(D),
+              block(b, Di), block(1, b), of_head(Di),
           ],
-          out_specs=[tile(1, r), tile(r, Di), head(b, Di)],
+          out_specs=[whole(*kl_B1L.shape), of_head(Di), whole(rows, 1, Di)],
+          scratch_shapes=[pltpu.VMEM((rows, G, D), dtype), pltpu.SemaphoreType.DMA],
       ),
       out_shape=[
-          jax.ShapeDtypeStruct((M, 1, r), jnp.float32), jax.ShapeDtypeStruct(index_q_MrD.shape, index_q_MrD.dtype),
-          jax.ShapeDtypeStruct(dindex_k.shape, jnp.float32),
+          jax.ShapeDtypeStruct(kl_B1L.shape, jnp.float32), jax.ShapeDtypeStruct(dindex_k_pbX.shape, jnp.float32),
+          jax.ShapeDtypeStruct((rows, 1, Di), jnp.float32),
       ],
-      input_output_aliases={9: 2},  # pages that no query chose keep what they have
-      compiler_params=PARAMS,
+      input_output_aliases={first + 4: 0, first + 8: 1},  # blocks that no query chose keep what they have
+      compiler_params=resident.params(rows * (G * D * dtype.itemsize + 8 * LANES * 4 * 8)),
       cost_estimate=pl.CostEstimate(
-          flops=2 * M * b * (rows * (D + parts * r * (rows > r)) + 3 * r * Di), transcendentals=M * b * (rows + 2 * r),
-          bytes_accessed=(q_MrD.size + 2 * index_q_MrD.size + M * b * (D + Di)) * q_MrD.dtype.itemsize,
+          flops=2 * M * b * r * (G * D + parts * r * G * (G > 1) + 3 * Di), transcendentals=M * b * r * (G + 2),
+          bytes_accessed=N * (G * D + 2 * Di) * dtype.itemsize + M * b * (D + Di) * dtype.itemsize,
       ),
       interpret=interpret, name='msa_divergence',
-  )(
-      page_M, q_MrD, attention, index_q_MrD, index, who, keys.k_pbX, index_k_pbD, keys.segment_p1b, dindex_k
-  )
-  return kl_M1r[:, 0], *gradients
-
-
-def of_the_page(tiles, keys, who, K):
-  """Each tile's row of blocks and head in one word, and `who` with slots counted from the block's first."""
-  P, b = keys.k_pbX.shape[0] // keys.last_B.shape[0], keys.k_pbX.shape[1]
-  page_M = tiles.page_M
-  row_block_M, head_M = page_M // (P * K) * P + page_M % P, page_M // P % K
-  first_M2 = jnp.stack([page_M % P * b, jnp.zeros_like(page_M)], axis=1)
-  return row_block_M * 2 ** K.bit_length() + head_M, who - first_M2[..., None]
-
-
-def _specs(K):
-  """BlockSpecs by their last two dims: of a tile, of what a block's heads share, of one head's."""
-  bits = K.bit_length()
-  tile = lambda *dims: pl.BlockSpec((1, *dims), lambda m, page: (m, 0, 0))
-  block = lambda *dims: pl.BlockSpec((1, *dims), lambda m, page: (page[m] >> bits, 0, 0))
-  head = lambda *dims: pl.BlockSpec((1, *dims), lambda m, page: (page[m] >> bits, 0, page[m] & 2**bits - 1))
-  return tile, block, head
+  )(*scalars, *inputs, kl_B1L, keys.k_pbX, index_k_pbD, keys.segment_p1b, dindex_k_pbX)
+  return (kl_B1L, dindex_k_pbX), dindex_q[:N, 0].astype(dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # kernels
 
 
-def _stats_kernel(page_ref, index_q_ref, who_ref, index_k_refs, segment_refs, stats_ref, *, scale):
-  def of_tile(i):
-    seen_br = visible(who_ref[i, :1], who_ref[i, 1:], segment_refs[i])
-    return jnp.where(seen_br, kernel_product(index_k_refs[i][0], index_q_ref[i], 1, 1), MASKED)
+def _stats_kernel(
+    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, place_ref,
+    index_q_ref, index_k_refs, key_segment_refs, logsumexp_ref, top_ref, total_ref, *, scale, r):
+  step, (_, b, _) = pl.program_id(0), index_k_refs[0].shape
+  N = slot_ref.shape[0] - 1
 
-  for i, scores_br in enumerate([of_tile(i) for i in range(TILES)]):
-    top_1r = jnp.maximum(jnp.max(scores_br, axis=0, keepdims=True), MASKED / 2)  # what is masked lies far below, ever
-    weights_br = jnp.exp2((scores_br - top_1r) * (scale * LOG2E))
-    stats_ref[i] = jnp.concatenate([top_1r * scale, jnp.sum(weights_br, axis=0, keepdims=True)])
+  @pl.when(step == 0)
+  def _():
+    @pl.loop(0, top_ref.shape[0] // ROWS)
+    def _(i):
+      queries = pl.ds(i * ROWS, ROWS)
+      top_ref[queries] = jnp.full((ROWS, 1, LANES), MASKED / 2, jnp.float32)
+      total_ref[queries] = jnp.zeros((ROWS, 1, LANES), jnp.float32)
+
+  slot_1b = lax.broadcasted_iota(jnp.int32, (1, b), 1)
+  for i in range(TILES):
+    m = step * TILES + i
+    queries = resident.queries_of(m, r, first_ref, query_ref, N)
+    here_1b = slot_1b + first_slot_ref[m]
+    index_k_bD = index_k_refs[i][0]
+    index_q_rD = jnp.concatenate([index_q_ref[n] for n in queries]).astype(index_k_bD.dtype)
+    seen = lambda n: (here_1b <= slot_ref[n]) & (key_segment_refs[i][0] == segment_ref[n])
+    unseen_rb = jnp.concatenate([jnp.where(seen(n), 0.0, MASKED) for n in queries])
+    scores_rb = kernel_product(index_q_rD, index_k_bD, 1, 1) * (scale * LOG2E) + unseen_rb
+    own_r1 = jnp.max(scores_rb, axis=1, keepdims=True)
+    tops, fades = zip(*[
+        resident.raise_tops(top_ref, some, own_r1[j : j + len(some)]) for j, some in resident.some_of(queries)
+    ])
+    weights_rL = per_lane(jnp.exp2(scores_rb - resident.wide(jnp.concatenate(tops), b)))
+    fade_rL = jnp.concatenate(fades)
+    for j, some in resident.some_of(queries):
+      resident.add_rows(total_ref, some, weights_rL[j : j + len(some)], fade_rL[j : j + len(some)])
+
+  @pl.when(step == pl.cdiv(place_ref[2], TILES) - 1)
+  def _():
+    @pl.loop(0, top_ref.shape[0] // ROWS)
+    def _(i):
+      queries = pl.ds(i * ROWS, ROWS)
+      total = jnp.sum(total_ref[queries], axis=2, keepdims=True)
+      logsumexp = top_ref[queries] / LOG2E + jnp.log(jnp.where(total > 0, total, 1))
+      logsumexp_ref[queries] = jnp.where(total > 0, logsumexp, 0)
 
 
 def _diverge_kernel(
-    page_ref, q_ref, logsumexp_ref, index_q_ref, index_logsumexp_ref, who_ref, k_ref, index_k_ref, segment_ref,
-    before_ref, kl_ref, dindex_q_ref, dindex_k_ref, *, scales, parts):
+    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, place_ref, row_ref,
+    q_all_ref, logsumexp_ref, index_q_ref, index_logsumexp_ref, kl_before_ref, k_ref, index_k_ref, key_segment_ref,
+    before_ref, kl_ref, dindex_k_ref, dindex_q_ref, q_ref, sem, *, scales, parts, r, G_real):
   m = pl.program_id(0)
+  rows, G, D = q_ref.shape
+  N = slot_ref.shape[0] - 1
 
-  @pl.when((m == 0) | (page_ref[m] != page_ref[jnp.maximum(m - 1, 0)]))
+  @pl.when(m == 0)
+  def _():
+    copies = resident.chunk_copies(place_ref, q_all_ref, q_ref, sem, N)
+    resident.start(copies)
+    q_ref[N:] = jnp.zeros((rows - N, G, D), q_ref.dtype)
+
+    @pl.loop(0, rows // ROWS)
+    def _(i):
+      dindex_q_ref[pl.ds(i * ROWS, ROWS)] = jnp.zeros((ROWS, *dindex_q_ref.shape[1:]), jnp.float32)
+
+    kl_ref[...] = kl_before_ref[...]
+    resident.wait(copies)
+
+  @pl.when((m == 0) | (block_ref[m] != block_ref[jnp.maximum(m - 1, 0)]))
   def _():
     dindex_k_ref[...] = before_ref[...]
 
-  visible_br = visible(who_ref[0, :1], who_ref[0, 1:], segment_ref)
-  index_q_rD, index_k_bD = index_q_ref[0], index_k_ref[0]
-  teacher_br = _teacher(q_ref[0], k_ref[0], logsumexp_ref[0], scales[0], index_q_rD.shape[0], parts)
+  queries = resident.queries_of(m, r, first_ref, query_ref, N)
+  lane_1L = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+  per_head = lambda of_query: resident.in_lanes([of_query(n) for n in queries], lane_1L // G, G)
+  per_query = lambda of_query: resident.in_lanes([of_query(n) for n in queries], lane_1L, 1)
+  limit_1r, segment_1r = per_query(lambda n: slot_ref[n] - first_slot_ref[m]), per_query(lambda n: segment_ref[n])
+  visible_br = resident.visible(limit_1r, segment_1r, key_segment_ref)
+
+  index_k_bD = index_k_ref[0]
+  index_q_rD = jnp.concatenate([index_q_ref[n] for n in queries]).astype(index_k_bD.dtype)
+  q_RD, logsumexp_1R = jnp.concatenate([q_ref[n] for n in queries]), per_head(lambda n: logsumexp_ref[pl.ds(n, 1)])
+  teacher_br = _teacher(q_RD, k_ref[0], logsumexp_1R, scales[0], r, parts) * (G / G_real)
   teacher_br = jnp.where(visible_br, teacher_br, 0)
   scores_br = kernel_product(index_k_bD, index_q_rD, 1, 1) * scales[1]
-  log_student_br = jnp.where(visible_br, scores_br - index_logsumexp_ref[0], 0)
+  log_student_br = jnp.where(visible_br, scores_br - per_query(lambda n: index_logsumexp_ref[n]), 0)
   log_teacher_br = jnp.log(jnp.maximum(teacher_br, jnp.finfo(jnp.float32).tiny))  # where P is 0, its share is 0
-  kl_ref[0] = jnp.sum(teacher_br * (log_teacher_br - log_student_br), axis=0, keepdims=True)
+  kl_1r = jnp.sum(teacher_br * (log_teacher_br - log_student_br), axis=0, keepdims=True)
+  kl_ref[row_ref[m]] += jnp.sum(kl_1r, axis=1, keepdims=True) * jnp.where(lane_1L == 0, 1.0, 0.0)
   dscores_br = (jnp.where(visible_br, jnp.exp(log_student_br), 0) - teacher_br) * scales[1]
   dscores_br = dscores_br.astype(index_k_bD.dtype)
   dindex_k_ref[0] += kernel_product(dscores_br, index_q_rD, 1, 0)
-  dindex_q_ref[0] = kernel_product(dscores_br, index_k_bD, 0, 0).astype(dindex_q_ref.dtype)
+  dindex_q_rD = kernel_product(dscores_br, index_k_bD, 0, 0)
+  for j, some in resident.some_of(queries):
+    resident.add_rows(dindex_q_ref, some, dindex_q_rD[j : j + len(some)])
 
 
 def _teacher(q_RD, k_bD, logsumexp_1R, scale, r, parts):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx.kernels_pallas import divergence_tpu, reference, sparse_pairs
+from mmx.kernels_pallas import divergence_tpu, reference, resident_tpu
 from mmx.layers.block import REMAT_POLICIES
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
@@ -17,8 +17,8 @@ kernel = functools.partial(divergence_tpu.selected_divergence_pallas, interpret=
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
   """Chunks of few queries and tiles of few, so that every loop turns more than once."""
-  monkeypatch.setattr(sparse_pairs, 'CHUNK_ELEMENTS', 2**18)
-  monkeypatch.setattr(divergence_tpu, 'TILE_ROWS', 64)
+  monkeypatch.setattr(resident_tpu, 'VMEM_BYTES', 2**20)
+  monkeypatch.setattr(resident_tpu, 'TILE_ROWS', 64)
 
 
 def make(B=2, T=101, H=8, K=2, Dh=32, Di=32, b=16, k=3, dtype=jnp.float32, padded=7):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx.kernels_pallas import sparse_tpu
+from mmx.kernels_pallas import resident_tpu, sparse_tpu
 from mmx.kernels_pallas.sparse_tpu import attend_blocks, unsupported
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
@@ -16,8 +16,8 @@ TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
   """Chunks of few queries and tiles of few, so that every loop turns more than once."""
-  monkeypatch.setattr(sparse_tpu, 'VMEM_BYTES', 2**20)
-  monkeypatch.setattr(sparse_tpu, 'TILE_ROWS', 64)
+  monkeypatch.setattr(resident_tpu, 'VMEM_BYTES', 2**20)
+  monkeypatch.setattr(resident_tpu, 'TILE_ROWS', 64)
   monkeypatch.setattr(sparse_tpu, 'STEP_QUERIES', 16)
 
 
@@ -103,8 +103,8 @@ def test_values_and_gradients_are_those_of_the_masked_softmax(shape):
 def test_how_many_tiles_a_step_takes_changes_nothing(tiles, monkeypatch):
   *inputs, b = make()
   monkeypatch.setattr(sparse_tpu, 'STEP_QUERIES', tiles)
-  monkeypatch.setattr(sparse_tpu, 'MOST_TILES', tiles)
-  monkeypatch.setattr(sparse_tpu, 'TILE_ROWS', 8)
+  monkeypatch.setattr(resident_tpu, 'MOST_TILES', tiles)
+  monkeypatch.setattr(resident_tpu, 'TILE_ROWS', 8)
   out, _ = jax.jit(lambda *a: kernel(*a, b))(*inputs)
   assert_close(out, dense(*inputs, b)[0], jnp.float32)
 
