@@ -29,5 +29,6 @@ def test_gradient_of_32768_tokens_holds_no_rows_and_index_keys_of_each_head(comp
   text = compiled.as_text()
   assert 'msa_index_stats' in text and 'msa_divergence' in text and text.count('tpu_custom_call') >= 2
   copy_of_keys, index_keys_of_each_head, gradient = T * K * DH * 2, T * K * DI * 4, T * K * DI * 2
-  held = copy_of_keys + 2 * (index_keys_of_each_head + gradient)
+  # Index queries' gradient once as it is made and once in row order; v5p has no VMEM for what weighs it by the rows.
+  held = copy_of_keys + 2 * (index_keys_of_each_head + gradient) + 2 * gradient
   assert compiled.memory_analysis().temp_size_in_bytes < CHUNK_BYTES + held
