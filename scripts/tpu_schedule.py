@@ -120,12 +120,12 @@ def attend(r, backward=False):
 
 
 def diverge(r, stats=False):
-  all_queries, index_q, index_k = array(1, 2 * QUERIES, H, D), floats(QUERIES + 1, 1, DI), array(BLOCKS, BLOCK, DI)
+  all_queries, index_q, index_k = array(1, 2 * QUERIES, H, D), floats(QUERIES + 1, DI), array(BLOCKS, BLOCK, DI)
   if stats:
     call = lambda plan, *inputs: divergence_tpu.index_stats((plan, r), *inputs, K, DI**-0.5)
     return call, (plan(r), keys(), index_k, index_q, all_queries)
   carried = floats(1, 1, sparse_pairs.LANES), floats(BLOCKS, BLOCK, K * DI)
-  logsumexps = floats(1, 2 * QUERIES, H), floats(QUERIES + 1, 1, sparse_pairs.LANES)
+  logsumexps = floats(1, 2 * QUERIES, H), floats(QUERIES + 1, sparse_pairs.LANES)
   call = lambda plan, *inputs: divergence_tpu.diverge((plan, r), *inputs, K, G, (D**-0.5, DI**-0.5))
   return call, (plan(r), carried, keys(), index_k, (all_queries, index_q), logsumexps)
 

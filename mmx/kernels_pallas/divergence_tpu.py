@@ -57,7 +57,7 @@ def _divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsume
     N = plan[0].slot_N1.size - 1
     place = 0, plan[0].place[0], plan[0].place[1], 0
     index_q_ND = lax.dynamic_slice(index_q_BTKD, place, (B, N // B, 1, index_q_BTKD.shape[3])).reshape(N, -1)
-    index_q_N1D = jnp.pad(index_q_ND, ((0, 1), (0, 0))).astype(jnp.float32)[:, None]
+    index_q_N1D = jnp.pad(index_q_ND, ((0, 1), (0, 0))).astype(jnp.float32)
     index_logsumexp_N1L = index_stats(plan, keys, index_k_pbD, index_q_N1D, q_BTXD, K, Di**-0.5, interpret)
     both = (q_BTXD, index_q_N1D), (logsumexp_BTX, index_logsumexp_N1L)
     return diverge(plan, carried, keys, index_k_pbD, *both, K, H // K, (Dh**-0.5, Di**-0.5), interpret)
@@ -70,23 +70,23 @@ def _divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsume
 
 
 def index_stats(plan, keys, index_k_pbD, index_q_N1D, q_BTXD, K, scale, interpret=False):
-  """logsumexp of each query's index scores over its blocks, float32 [N + 1, 1, L] in all lanes, 0 if it chose none."""
+  """logsumexp of each query's index scores over its blocks, float32 [N + 1, L] in all lanes, 0 if it chose none."""
   plan, r = plan
   rows, *_ = resident.rows_held(q_BTXD, plan, K)
   b, D = index_k_pbD.shape[1:]
   W, M, scalars = TILES, plan.block_M.size, len(plan)
   block = lambda i, *shape: pl.BlockSpec((1, *shape), lambda m, block_M, *_: (block_M[m * W + i], 0, 0))
   blocks = lambda *shape: [block(i, *shape) for i in range(W)]
-  whole = lambda shape: pl.BlockSpec(shape, lambda *_: (0, 0, 0))
+  whole = lambda *shape: pl.BlockSpec(shape, lambda *_: (0, 0))
   return pl.pallas_call(
       functools.partial(_stats_kernel, scale=scale, r=r),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=scalars, grid=(pl.cdiv(plan.place[2], W),),
-          in_specs=[whole(index_q_N1D.shape), blocks(b, D), blocks(1, b)], out_specs=whole((rows, 1, LANES)),
-          scratch_shapes=[pltpu.VMEM((rows, 1, LANES), jnp.float32)] * 2,
+          in_specs=[whole(*index_q_N1D.shape), blocks(b, D), blocks(1, b)], out_specs=whole(rows, LANES),
+          scratch_shapes=[pltpu.VMEM((rows, LANES), jnp.float32)] * 2,
       ),
-      out_shape=jax.ShapeDtypeStruct((rows, 1, LANES), jnp.float32),
-      compiler_params=resident.params(6 * rows * 8 * LANES * 4),
+      out_shape=jax.ShapeDtypeStruct((rows, LANES), jnp.float32),
+      compiler_params=resident.params(rows * (2 * D + 4 * LANES) * 4),
       cost_estimate=pl.CostEstimate(
           flops=2 * M * r * b * D, transcendentals=M * r * b,
           bytes_accessed=index_q_N1D.size * 4 + M * b * D * index_k_pbD.dtype.itemsize,
@@ -122,22 +122,22 @@ def diverge(plan, carried, keys, index_k_pbD, queries, logsumexps, K, G_real, sc
               resident.IN_PLACE, *[whole(*x.shape) for x in inputs[1:]], whole(*kl_B1L.shape), of_head(D),
               block(b, Di), block(1, b), of_head(Di),
           ],
-          out_specs=[whole(*kl_B1L.shape), of_head(Di), whole(rows, 1, Di)],
+          out_specs=[whole(*kl_B1L.shape), of_head(Di), whole(rows, Di)],
           scratch_shapes=[pltpu.VMEM((rows, G, D), dtype), pltpu.SemaphoreType.DMA],
       ),
       out_shape=[
           jax.ShapeDtypeStruct(kl_B1L.shape, jnp.float32), jax.ShapeDtypeStruct(dindex_k_pbX.shape, jnp.float32),
-          jax.ShapeDtypeStruct((rows, 1, Di), jnp.float32),
+          jax.ShapeDtypeStruct((rows, Di), jnp.float32),
       ],
       input_output_aliases={first + 4: 0, first + 8: 1},  # blocks that no query chose keep what they have
-      compiler_params=resident.params(rows * (G * D * dtype.itemsize + 8 * LANES * 4 * 8)),
+      compiler_params=resident.params(rows * (G * D * dtype.itemsize + (4 * Di + 4 * LANES) * 4)),
       cost_estimate=pl.CostEstimate(
           flops=2 * M * b * r * (G * D + parts * r * G * (G > 1) + 3 * Di), transcendentals=M * b * r * (G + 2),
           bytes_accessed=N * (G * D + 2 * Di) * dtype.itemsize + M * b * (D + Di) * dtype.itemsize,
       ),
       interpret=interpret, name='msa_divergence',
   )(*scalars, *inputs, kl_B1L, keys.k_pbX, index_k_pbD, keys.segment_p1b, dindex_k_pbX)
-  return (kl_B1L, dindex_k_pbX), dindex_q[:N, 0].astype(dtype)
+  return (kl_B1L, dindex_k_pbX), dindex_q[:N].astype(dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,8 +155,8 @@ def _stats_kernel(
     @pl.loop(0, top_ref.shape[0] // ROWS)
     def _(i):
       queries = pl.ds(i * ROWS, ROWS)
-      top_ref[queries] = jnp.full((ROWS, 1, LANES), MASKED / 2, jnp.float32)
-      total_ref[queries] = jnp.zeros((ROWS, 1, LANES), jnp.float32)
+      top_ref[queries] = jnp.full((ROWS, LANES), MASKED / 2, jnp.float32)
+      total_ref[queries] = jnp.zeros((ROWS, LANES), jnp.float32)
 
   slot_1b = lax.broadcasted_iota(jnp.int32, (1, b), 1)
   for i in range(TILES):
@@ -164,7 +164,7 @@ def _stats_kernel(
     queries = resident.queries_of(m, r, first_ref, query_ref, N)
     here_1b = slot_1b + first_slot_ref[m]
     index_k_bD = index_k_refs[i][0]
-    index_q_rD = jnp.concatenate([index_q_ref[n] for n in queries]).astype(index_k_bD.dtype)
+    index_q_rD = jnp.concatenate([index_q_ref[pl.ds(n, 1)] for n in queries]).astype(index_k_bD.dtype)
     seen = lambda n: (here_1b <= slot_ref[n]) & (key_segment_refs[i][0] == segment_ref[n])
     unseen_rb = jnp.concatenate([jnp.where(seen(n), 0.0, MASKED) for n in queries])
     scores_rb = kernel_product(index_q_rD, index_k_bD, 1, 1) * (scale * LOG2E) + unseen_rb
@@ -182,7 +182,7 @@ def _stats_kernel(
     @pl.loop(0, top_ref.shape[0] // ROWS)
     def _(i):
       queries = pl.ds(i * ROWS, ROWS)
-      total = jnp.sum(total_ref[queries], axis=2, keepdims=True)
+      total = jnp.sum(total_ref[queries], axis=1, keepdims=True)
       logsumexp = top_ref[queries] / LOG2E + jnp.log(jnp.where(total > 0, total, 1))
       logsumexp_ref[queries] = jnp.where(total > 0, logsumexp, 0)
 
@@ -203,7 +203,7 @@ def _diverge_kernel(
 
     @pl.loop(0, rows // ROWS)
     def _(i):
-      dindex_q_ref[pl.ds(i * ROWS, ROWS)] = jnp.zeros((ROWS, *dindex_q_ref.shape[1:]), jnp.float32)
+      dindex_q_ref[pl.ds(i * ROWS, ROWS)] = jnp.zeros((ROWS, dindex_q_ref.shape[1]), jnp.float32)
 
     kl_ref[...] = kl_before_ref[...]
     resident.wait(copies)
@@ -220,12 +220,12 @@ def _diverge_kernel(
   visible_br = resident.visible(limit_1r, segment_1r, key_segment_ref)
 
   index_k_bD = index_k_ref[0]
-  index_q_rD = jnp.concatenate([index_q_ref[n] for n in queries]).astype(index_k_bD.dtype)
+  index_q_rD = jnp.concatenate([index_q_ref[pl.ds(n, 1)] for n in queries]).astype(index_k_bD.dtype)
   q_RD, logsumexp_1R = jnp.concatenate([q_ref[n] for n in queries]), per_head(lambda n: logsumexp_ref[pl.ds(n, 1)])
   teacher_br = _teacher(q_RD, k_ref[0], logsumexp_1R, scales[0], r, parts) * (G / G_real)
   teacher_br = jnp.where(visible_br, teacher_br, 0)
   scores_br = kernel_product(index_k_bD, index_q_rD, 1, 1) * scales[1]
-  log_student_br = jnp.where(visible_br, scores_br - per_query(lambda n: index_logsumexp_ref[n]), 0)
+  log_student_br = jnp.where(visible_br, scores_br - per_query(lambda n: index_logsumexp_ref[pl.ds(n, 1)]), 0)
   log_teacher_br = jnp.log(jnp.maximum(teacher_br, jnp.finfo(jnp.float32).tiny))  # where P is 0, its share is 0
   kl_1r = jnp.sum(teacher_br * (log_teacher_br - log_student_br), axis=0, keepdims=True)
   kl_ref[row_ref[m]] += jnp.sum(kl_1r, axis=1, keepdims=True) * jnp.where(lane_1L == 0, 1.0, 0.0)

@@ -67,7 +67,7 @@ def whole_heads(x_BTHX, q_BTHDh, K):
 
 
 def real_heads(x_BTHX, K, H):
-  """`_whole_heads` undone."""
+  """`whole_heads` undone."""
   B, T, _, X = x_BTHX.shape
   return x_BTHX.reshape(B, T, K, -1, X)[:, :, :, : H // K].reshape(B, T, H, X)
 
@@ -107,8 +107,7 @@ class Plan(NamedTuple):
 
 
 def plans(chunk, keys, start, least, most):
-  """(Plans of a chunk's kv heads, stacked; r). All at once, for each step of XLA's costs 2000 cycles, much work or little.
-  """
+  """(Plans of a chunk's kv heads, stacked; r). All at once: each step of XLA's costs 2000 cycles, much work or little."""
   B, c, K, _ = chunk.ids_BTKk.shape
   P, b = keys.k_pbX.shape[0] // B, keys.k_pbX.shape[1]
   one_more = lambda x_Bc, value: jnp.pad(x_Bc.reshape(-1), (0, 1), constant_values=value)
@@ -183,20 +182,25 @@ def some_of(queries):
   return [(j, queries[j : j + AT_ONCE]) for j in range(0, len(queries), AT_ONCE)]
 
 
+def row_of(ref, n):
+  """Where query n stands in [rows, G, D], or in [rows, D] of one row a query."""
+  return n if len(ref.shape) == 3 else pl.ds(n, 1)
+
+
 def raise_tops(top_ref, some, own_X1):
   """Takes the maxima of some queries in: their new maxima, and by what sums above the old ones fade, [X, L]."""
-  old_XL = jnp.concatenate([top_ref[n] for n in some])
+  old_XL = jnp.concatenate([top_ref[row_of(top_ref, n)] for n in some])
   top_XL = jnp.maximum(old_XL, own_X1)
   for n, top in zip(some, jnp.split(top_XL, len(some)), strict=True):
-    top_ref[n] = top
+    top_ref[row_of(top_ref, n)] = top
   return top_XL, jnp.exp2(old_XL - top_XL)
 
 
 def add_rows(sum_ref, some, x_XD, fade_XD=1):
   """Adds the rows of some queries to sums of theirs that fade."""
-  sum_XD = jnp.concatenate([sum_ref[n] for n in some]) * fade_XD + x_XD
+  sum_XD = jnp.concatenate([sum_ref[row_of(sum_ref, n)] for n in some]) * fade_XD + x_XD
   for n, sum_GD in zip(some, jnp.split(sum_XD, len(some)), strict=True):
-    sum_ref[n] = sum_GD
+    sum_ref[row_of(sum_ref, n)] = sum_GD
 
 
 def wide(x_RL, width):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from mmx.kernels_pallas import api, decode_tpu, sparse
+from mmx.kernels_pallas import api, decode_tpu, resident_tpu, sparse, sparse_tpu
 from mmx.kernels_pallas.decode_tpu import attend_chosen
 from mmx.kernels_pallas.msa_tpu import msa_cached_pallas
 from mmx.kernels_pallas.sparse_pairs import covers
@@ -107,7 +107,9 @@ def test_copies_have_arrived_before_they_are_read_and_none_is_left(when, capfd):
 
 
 @pytest.mark.parametrize('T, top_k', [(1, 3), (2, 3), (30, 4)], ids=['a token', 'a few', 'a prompt, keys outside'])
-def test_msa_cached_pallas_equals_msa_cached_gather(T, top_k):
+def test_msa_cached_pallas_equals_msa_cached_gather(T, top_k, monkeypatch):
+  monkeypatch.setattr(resident_tpu, 'TILE_ROWS', 64)  # larger tiles take XLA for CPU long to compile
+  monkeypatch.setattr(sparse_tpu, 'STEP_QUERIES', 16)
   """NaN behind each row for the kernels, 0 for the form that multiplies by 0."""
   q, k, v, _, slots = inputs((100, 59), T, 4, 2, 32, 16, top_k)
   assert covers(T, top_k, 16, k.shape[2]) == (T == 30)

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx.kernels_pallas import api, reference, sparse_tpu
+from mmx.kernels_pallas import api, reference, resident_tpu, sparse_tpu
 from mmx.kernels_pallas.msa_tpu import msa_pallas
 
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-  """A step of 256 queries, one after another, takes XLA for CPU 40 s to compile."""
+  """A step of 256 queries, one after another, takes XLA for CPU 40 s to compile, tiles of 64 as long again."""
+  monkeypatch.setattr(resident_tpu, 'TILE_ROWS', 64)
   monkeypatch.setattr(sparse_tpu, 'STEP_QUERIES', 16)
 
 
