@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas import divergence_tpu, reference, resident_tpu
 from mmx.layers.block import REMAT_POLICIES
@@ -134,3 +135,15 @@ def test_the_mean_of_the_heads_is_as_exact_as_float32():
   wanted = np.asarray(jnp.exp(scores - logsumexp), np.float64).reshape(16, 6, 4).mean(axis=2)
   found = divergence_tpu._teacher(q, k, logsumexp, 1.0, 6, divergence_tpu.PARTS[q.dtype])
   np.testing.assert_allclose(found, wanted, rtol=0, atol=1.5e-7)
+
+
+def test_copies_have_arrived_before_they_are_read_and_none_is_left(capfd):
+  """In a simulator of memory and semaphores; what nothing wrote is NaN there, so a missed copy shows in the values."""
+  pltpu.reset_tpu_interpret_mode_state()
+  simulator = pltpu.InterpretParams(dma_execution_mode='on_wait', detect_races=True, uninitialized_memory='nan')
+  inputs, b, k = make(B=1, T=37, K=1, k=2)
+  expected, ids, logsumexp = by_oracle(inputs, b, k)
+  simulated = functools.partial(divergence_tpu.selected_divergence_pallas, interpret=simulator)
+  assert_close(value_and_gradients(simulated, inputs, ids, logsumexp, b)[0], expected)
+  told = capfd.readouterr()
+  assert 'RACE' not in told.out + told.err and 'non-zero count' not in told.out + told.err
