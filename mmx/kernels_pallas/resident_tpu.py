@@ -23,6 +23,7 @@ from mmx.kernels_pallas.sparse_pairs import LANES, whole_lanes
 TILE_ROWS = 512  # most r*G: what a step of the grid costs beside its products is less than they are
 MOST_TILES = 16  # of a step of the grid
 AT_ONCE = 4  # queries
+MOST_PAIRS = 2**15  # of a chunk: sorts of 2**17 take libtpu minutes to compile
 VMEM_BYTES = 44 * 2**20  # of a chunk's queries and what attention adds up for them; v5p has 64 MiB
 MORE_VMEM_BYTES = 10 * 2**20  # a step's scores, and what the compiler keeps
 IN_PLACE = pl.BlockSpec(memory_space=pl.ANY)
@@ -54,7 +55,8 @@ def chunk_length(q_BTHDh, k_BSKDh, top_k, block_size):
   """Queries of each row in a chunk. Takes anything with shape and dtype."""
   B, T = q_BTHDh.shape[:2]
   S, K = k_BSKDh.shape[1:3]
-  most = min(most_queries(q_BTHDh, K), sparse_pairs.most_pairs(B * -(-S // block_size)) // top_k)
+  pairs = min(MOST_PAIRS, sparse_pairs.most_pairs(B * -(-S // block_size)))
+  most = min(most_queries(q_BTHDh, K), pairs // top_k)
   return -(-T // -(-T // max(1, most // B)))
 
 
