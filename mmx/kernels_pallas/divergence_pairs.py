@@ -116,7 +116,7 @@ def _one_chunk(keys, index_k_pbD, scales, kernels, dindex_k, chunk):
   B, _, K, _ = index_q_BcKD.shape
   G = logsumexp_BcH.shape[2] // K
   P = keys.k_pbX.shape[0] // B
-  least, most = max(kernels.least_queries, 16 // G), kernels.tile_queries(G)
+  least, most = max(kernels.least_queries, -(-16 // G)), kernels.tile_queries(G)
   tiles = sparse_pairs.plan(queries.ids_BcKk, queries.slot_Bc, P, least, most)
   index_queries = queries._replace(q_BcHD=index_q_BcKD)  # one head for each kv head
   index_q_MrD = sparse_pairs.rows_of(index_q_BcKD, index_queries, tiles)

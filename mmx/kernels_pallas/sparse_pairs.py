@@ -30,7 +30,7 @@ from mmx.kernels_pallas.sparse import logsumexp_of_choices
 
 CHUNK_ELEMENTS = 2**26  # of the outputs of one chunk's pairs, R*G*D: 128 MiB in bfloat16, and room for half-full tiles
 LONGEST = 4  # times as much where a row has 4096 blocks or more, of which a shorter chunk's queries share few
-CHUNK_PAIRS = 2**17  # most tiles, whose pages stand in 512 KiB of the 1 MiB that a TPU has for scalars
+CHUNK_PAIRS = 2**17  # sorted at once, at most
 SUM_AT_ONCE = 4  # choices of a query
 # Times that choices cover a cache before it pays to copy it into this layout. Where it stands a choice moves 2 blocks,
 # of keys and of values; copied, a block of the cache moves 6, and a choice its queries' rows: half a block with 16 heads.
@@ -160,8 +160,8 @@ def _tiles(queries, keys, kernels):
   """Of one kv head."""
   B, _, G, D = queries.q_BcHD.shape
   P, K = keys.k_pbX.shape[0] // B, keys.k_pbX.shape[2] // D
-  least, most = max(kernels.least_rows, 16) // G, kernels.tile_rows // G
-  tiles = plan(queries.ids_BcKk, queries.slot_Bc, P, max(least, 1), most)
+  least, most = max(kernels.least_rows // G, -(-16 // G)), kernels.tile_rows // G
+  tiles = plan(queries.ids_BcKk, queries.slot_Bc, P, least, most)
   return tiles._replace(page_M=(tiles.page_M // P * K + queries.head) * P + tiles.page_M % P)
 
 
@@ -248,7 +248,7 @@ def sides(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, b, one_head=F
 
 
 def most_pairs(pages):
-  """Of a chunk: a tile's page stands in scalar memory, a pair and its page in 31 bits."""
+  """Of a chunk: a pair and its page stand in 31 bits."""
   return min(CHUNK_PAIRS, 2 ** (31 - pages.bit_length()))
 
 
