@@ -14,6 +14,8 @@ Value and gradient come from one sweep, so that the attention's scores, which co
 once. The index branch's gradients, [B, T, K + 1, Di] in its dtype, are held until the backward pass. They are named
 'mixer': the policy of rematerialisation that keeps mixers' outputs keeps them too, others run both sweeps again.
 
+What XLA makes of the tiles' results is so on GPUs (`in_tiles`); on TPU it is added up in VMEM (`divergence_tpu`).
+
 Letters as in `sparse_pairs`; Di index dim, padded to D as Dh is.
 """
 
@@ -45,7 +47,6 @@ class DivergenceKernels(NamedTuple):
   stats: Callable
   diverge: Callable
   tile_queries: Callable  # of G: most r
-  least_queries: int = 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -116,8 +117,7 @@ def _one_chunk(keys, index_k_pbD, scales, kernels, dindex_k, chunk):
   B, _, K, _ = index_q_BcKD.shape
   G = logsumexp_BcH.shape[2] // K
   P = keys.k_pbX.shape[0] // B
-  least, most = max(kernels.least_queries, -(-16 // G)), kernels.tile_queries(G)
-  tiles = sparse_pairs.plan(queries.ids_BcKk, queries.slot_Bc, P, least, most)
+  tiles = sparse_pairs.plan(queries.ids_BcKk, queries.slot_Bc, P, -(-16 // G), kernels.tile_queries(G))
   index_queries = queries._replace(q_BcHD=index_q_BcKD)  # one head for each kv head
   index_q_MrD = sparse_pairs.rows_of(index_q_BcKD, index_queries, tiles)
   who = sparse_pairs.who(index_queries, tiles)

@@ -132,7 +132,7 @@ def _backward(block_size, kernels, residuals, cotangents):
   dout_BTHDh, _ = cotangents
   q_BTHDh, k_BSKDh, v_BSKDh, *_ = inputs
   B, T, _, Dh = q_BTHDh.shape
-  S, K = k_BSKDh.shape[1:3]
+  K = k_BSKDh.shape[2]
   chunks, keys = sides(*inputs, block_size, one_head=True)
   c = chunks.q_BcHD.shape[2]
   delta_BTH = jnp.sum(out_BTHDh.astype(jnp.float32) * dout_BTHDh.astype(jnp.float32), axis=-1)
@@ -149,8 +149,7 @@ def _backward(block_size, kernels, residuals, cotangents):
 
   start = (jnp.zeros(keys.k_pbX.shape, jnp.float32),) * 2
   (dk, dv), dq = lax.scan(one_chunk, start, (chunks, split(logsumexp_BTH, c), split(delta_BTH, c), dout))
-  unblock = lambda x, like: x.reshape(B, -1, K, keys.k_pbX.shape[2] // K)[:, :S, :, :Dh].astype(like.dtype)
-  return join(dq, T)[..., :Dh], unblock(dk, k_BSKDh), unblock(dv, v_BSKDh), None, None, None
+  return join(dq, T)[..., :Dh], out_of_blocks(dk, k_BSKDh), out_of_blocks(dv, v_BSKDh), None, None, None
 
 
 attend_in_tiles.defvjp(_forward, _backward)
@@ -267,6 +266,12 @@ def in_blocks(x, b):
   B, S = x.shape[:2]
   x = jnp.pad(x, ((0, 0), (0, -S % b)) + ((0, 0),) * (x.ndim - 2)) if S % b else x
   return x.reshape(-(-S // b) * B, b, -1)
+
+
+def out_of_blocks(x_pbX, like_BSKDh):
+  """[B*P, b, K*D] -> the shape and dtype of the keys that were put in blocks."""
+  B, S, K, Dh = like_BSKDh.shape
+  return x_pbX.reshape(B, -1, K, x_pbX.shape[2] // K)[:, :S, :, :Dh].astype(like_BSKDh.dtype)
 
 
 def whole_lanes(x):

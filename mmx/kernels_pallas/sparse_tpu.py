@@ -68,7 +68,7 @@ def _backward(block_size, interpret, residuals, cotangents):
   dout_BTHDh, _ = cotangents
   q_BTHDh, k_BSKDh, v_BSKDh, *_ = inputs
   B, T, H, Dh = q_BTHDh.shape
-  S, K = k_BSKDh.shape[1:3]
+  K = k_BSKDh.shape[2]
   q_BTXD, queries, keys, starts = resident.sides(*inputs, block_size)
   delta_BTH1 = jnp.sum(out_BTHDh.astype(jnp.float32) * dout_BTHDh.astype(jnp.float32), axis=-1, keepdims=True)
   stats = logsumexp_BTKG.reshape(delta_BTH1.shape), delta_BTH1
@@ -79,8 +79,7 @@ def _backward(block_size, interpret, residuals, cotangents):
   )
   start = lax.empty(q_BTXD.shape, q_BTXD.dtype), *[jnp.zeros(keys.k_pbX.shape, jnp.float32)] * 2
   (dq_BTXD, dk, dv), _ = resident.each_chunk_and_head(differentiate, start, queries, keys, starts)
-  unblock = lambda x, like: x.reshape(B, -1, K, keys.k_pbX.shape[2] // K)[:, :S, :, :Dh].astype(like.dtype)
-  return resident.real_heads(dq_BTXD, K, H)[..., :Dh], unblock(dk, k_BSKDh), unblock(dv, v_BSKDh), None, None, None
+  return resident.real_heads(dq_BTXD, K, H)[..., :Dh], *map(sparse_pairs.out_of_blocks, (dk, dv), (k_BSKDh, v_BSKDh)), None, None, None
 
 
 attend_blocks.defvjp(_forward, _backward)
