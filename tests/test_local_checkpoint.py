@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -64,6 +65,8 @@ def worker(folder: str, action: str) -> dict:
   """One of two processes with two devices each; what it finds goes to the test as JSON."""
   distributed.initialize()
   me = jax.process_index()
+  if me == 1:
+    os.makedirs = slowly(os.makedirs)
   state = state_of(1, mesh_of(2, 2))
   if action == 'save':
     shared, own = stores(folder, state)
@@ -86,6 +89,15 @@ def worker(folder: str, action: str) -> dict:
   return found
 
 
+def slowly(function):
+  """As on a disk slower than the other host's."""
+  def slow(*args, **kwargs):
+    time.sleep(0.5)
+    return function(*args, **kwargs)
+
+  return slow
+
+
 def run_two(*arguments) -> list[dict]:
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
@@ -99,7 +111,7 @@ def run_two(*arguments) -> list[dict]:
     command = [sys.executable, __file__, *map(str, arguments)]
     processes.append(subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True))
   answers = [process.communicate(timeout=120) for process in processes]
-  assert not any(process.returncode for process in processes), answers
+  assert not any(process.returncode for process in processes), '\n'.join(log for _, log in answers)
   return [json.loads(out.splitlines()[-1]) for out, _ in answers]
 
 
