@@ -425,7 +425,7 @@ def _orbax_of_one() -> ocp.AsyncCheckpointer:
       use_compression=False, multiprocessing_options=alone,
       type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
   )  # fmt: skip
-  # Made in the background, one process's folder would stand for all of theirs: the others would write before they have it.
+  # Made in the background, one process's folder stands for all of theirs: others write before they have one.
   at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
   return ocp.AsyncCheckpointer(handler, WRITE_TIMEOUT_S, async_options=at_once, multiprocessing_options=alone)
 

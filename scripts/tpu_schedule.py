@@ -7,12 +7,14 @@ Each kernel is compiled in a child process that has libtpu write its final sched
 a cycle at best, and the slots that each fills. Heads are MiniMax-M3's: 64 of queries, 4 of keys, dimensions of 128,
 blocks of 128, k = 16, bfloat16, segments.
 
-  bundles   of one step of the kernel's grid: every branch, taken or not, but for loops inside, which are counted apart.
+  bundles   of one step of the kernel's grid: every branch, taken or not, but for loops inside, which are counted apart;
+            of branches with matrix products the shortest one alone.
   ideal     cycles of a step's matrix products at the peak of the chip: FLOPs / (2 * units * side**2).
   share     ideal / bundles: the greatest share of the matrix units' time that this schedule can fill.
   slots     of the matrix units that the compiler counts as taken, of all; also of vector units, loads and stores.
   cycles    bundles, and the waits where a unit is still at the product before, each taking ideal * units / products.
             The compiler puts products closer than units can take them; what else a chip waits for is not in it.
+            'Most cycles' are those of the longest branch: of blocks with keys that a query does not see.
 
 It ranks variants and bounds what a chip can do. It is no time measured: copies from memory that come late, for one, do
 not show. Prefill adds up cycles times steps, and bytes at the chip's bandwidth where those take longer, of kernels and
@@ -45,7 +47,7 @@ from mmx.kernels_pallas import divergence_tpu, index_tpu, resident_tpu, sparse_p
 H, K, D, DI, BLOCK, TOP_K = 64, 4, 128, 128, 128, 16
 G = H // K
 SPLASH = 1024  # queries and keys of a tile of splash, in halves of keys: the largest that v5p's VMEM holds
-CHIPS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
+CHIPS = {'v5e': ('v5e:2x2', 'TPU v5 lite'), 'v5p': ('v5p:2x2x1', 'TPU v5p'), 'v6e': ('v6e:2x2', 'TPU v6 lite')}
 HERE = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
         'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_MIN_LOG_LEVEL': '3',
         'TPU_STDERR_LOG_LEVEL': '3'}  # no chip and no metadata server is asked
@@ -104,7 +106,7 @@ def keys():
 
 def plan(r):
   of_tiles, of_queries = [integers(TILES)] * 2 + [integers(TILES + 1)], [integers(QUERIES + 1)] * 2
-  return resident_tpu.Plan(*of_tiles, integers(QUERIES * TOP_K + r), *of_queries, integers(3))
+  return resident_tpu.Plan(*of_tiles, integers(QUERIES * TOP_K + r), *of_queries, integers(BLOCKS), integers(3))
 
 
 def attend(r, backward=False):
@@ -185,26 +187,49 @@ def schedule(kernel, chip):
   make, file, step, products = KERNELS[kernel]
   found, _ = schedule_files(make, chip)
   every, (capacity, taken_of_bundle) = found[next(name for name in found if name.startswith(file))]
-  bundles = [text for loop, text in every if loop == 1]
-  loops = np.array([loop for loop, _ in every])
-  taken = {unit: int(column[loops == 1].sum()) for unit, column in taken_of_bundle.items()}
   side, units = info(chip).mxu_column_size, info(chip).num_mxus
   ideal = products / (units * side**2)
-  calls = [re.findall(r'vmatmul\S*\.mxu(\d)', text) for text in bundles]
-  hold = ideal * units / max(1, sum(map(len, calls)))
+  reports = []
+  for here in ways(every):
+    taken = {unit: int(column[here].sum()) for unit, column in taken_of_bundle.items()}
+    calls = [re.findall(r'vmatmul\S*\.mxu(\d)', every[i][1]) for i in here]
+    named = dict(MXU='matrix', VALU='vector', XLU='across lanes', VLOAD='load', VSTORE='store', SALU='scalar')
+    reports.append({
+        'bundles': len(here), 'ideal': round(ideal), 'cycles': cycles(calls, ideal * units),
+        'share': ideal / len(here),
+        'slots': {name: taken[unit] / (capacity[unit] * len(here)) for unit, name in named.items()},
+        'spills': taken['VSTORE:SPILL'], 'fills': taken['VLOAD:FILL'],
+    })
+  loops = np.bincount([loop for loop, _ in every])[1:].tolist()
+  best, *_, worst = sorted(reports, key=lambda report: report['bundles']) * 2
+  return {'chip': chip, 'kernel': kernel, 'step': step, **best, 'most cycles': worst['cycles'], 'loops': loops}
+
+
+def ways(every):
+  """The bundles of a step, as indices, once for each branch that has matrix products: one of those is taken."""
+  step = [i for i, (loop, _) in enumerate(every) if loop == 1]
+  starts = {int(region): i for i, (_, text) in enumerate(every)
+            for region in re.findall(r'Start(?:/End empty)? region (\d+)', text)}
+  branches = []
+  for i in step:
+    target = re.search(r'sbr\.rel \(%\S+\) target = \$region(\d+)', every[i][1])
+    body = range(i + 1, starts.get(int(target[1]), 0)) if target else ()
+    if any('vmatmul' in every[j][1] for j in body):
+      branches.append(set(body))
+  branches = [branch for branch in branches if not any(inner < branch for inner in branches)]
+  others = [set().union(*branches) - branch for branch in branches] or [set()]
+  return [np.array([i for i in step if i not in left_out]) for left_out in others]
+
+
+def cycles(calls, all_holds):
+  """Of bundles that call matrix units by number, all of whose products take `all_holds` cycles of a unit."""
+  hold = all_holds / max(1, sum(map(len, calls)))
   now, free = 0, collections.Counter()
   for units_here in calls:
     now = max([now, *(free[unit] for unit in units_here)])
     free.update({unit: now + hold - free[unit] for unit in units_here})
     now += 1
-  named = dict(MXU='matrix', VALU='vector', XLU='across lanes', VLOAD='load', VSTORE='store', SALU='scalar')
-  return {
-      'chip': chip, 'kernel': kernel, 'step': step, 'bundles': len(bundles), 'ideal': round(ideal),
-      'cycles': math.ceil(max([now, *free.values()])), 'share': ideal / len(bundles),
-      'slots': {name: taken[unit] / (capacity[unit] * len(bundles)) for unit, name in named.items()},
-      'spills': taken['VSTORE:SPILL'], 'fills': taken['VLOAD:FILL'],
-      'loops': np.bincount(loops)[1:].tolist(),
-  }
+  return math.ceil(max([now, *free.values()]))
 
 
 @functools.cache
@@ -229,7 +254,7 @@ def compile_(make, chip, folder):
   """In the child: compiles for a chip that is not here, and has libtpu dump what it makes."""
   os.environ.update(HERE, LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true')
   function, arguments = make()
-  topology = topologies.get_topology_desc(platform='tpu', topology_name=CHIPS[chip])
+  topology = topologies.get_topology_desc(platform='tpu', topology_name=CHIPS[chip][0])
   mesh = jax.sharding.Mesh(topology.devices[:1], ('chip',))
   here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
@@ -286,7 +311,7 @@ def prefill(tokens, chip):
   dense = 2 * tokens**2 * H * D / peak
   tiles = tokens // SPLASH
   splash_cycles = H * tiles * (tiles + 1) // 2 * schedule('splash', chip)['cycles']
-  c, r = chunk(tokens)
+  c, r = chunk(tokens, chip)
   return {
       'chip': chip, 'tokens': tokens, 'parts': parts, 'msa': total, 'dense': round(dense), 'splash': int(splash_cycles),
       'dense / msa': dense / total, 'splash / msa': splash_cycles / total,
@@ -314,8 +339,8 @@ def sorting(tokens, chip):
   """XLA's part, from a chunk's choices to tiles: what libtpu states for each instruction, and two sorts of each head's
   pairs, whose bundles have no loop if they are one head's.
   """
-  c, _ = chunk(tokens)
-  _, text = schedule_files(functools.partial(sorted_pairs, tokens), chip)
+  c, _ = chunk(tokens, chip)
+  _, text = schedule_files(functools.partial(sorted_pairs, tokens, c), chip)
   stated = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
   found, _ = schedule_files(functools.partial(one_sort, c * TOP_K), chip)
   (sort,) = (bundles for name, (bundles, _) in found.items() if name.startswith('sort'))
@@ -326,40 +351,45 @@ def one_sort(pairs):
   return functools.partial(jax.lax.sort, is_stable=False), (integers(pairs),)
 
 
-def sorted_pairs(tokens):
-  c, _ = chunk(tokens)
+def sorted_pairs(tokens, c):
   queries = resident_tpu.Queries(integers(1, c, K, TOP_K), integers(1, c), integers(1, c))
-  pages = array(-(-tokens // BLOCK), BLOCK, K * D)
-  keys = sparse_pairs.Keys(pages, pages, None, integers(1))
+  P = -(-tokens // BLOCK)
+  keys = sparse_pairs.Keys(*[array(P, BLOCK, K * D)] * 2, integers(P, 1, BLOCK), integers(1))
   plans = lambda queries, keys, start: resident_tpu.plans(queries, keys, start, 1, resident_tpu.TILE_ROWS // G)[0]
   return plans, (queries, keys, integers())
 
 
 def blocks(tokens, chip):
-  """Steps; and what the first and the last of a chunk and kv head do for each 128 rows of queries."""
-  c, r = chunk(tokens)
+  """Steps, of which the last of a chunk and kv head mask keys; and what its first and its last do for each 128 rows."""
+  c, r = chunk(tokens, chip)
   report = schedule('msa_attend_blocks' if r == 32 else f'msa_attend_blocks_{r}', chip)
+  W = sparse_tpu.tiles_of_a_step(r, BLOCK * D * 2)
+  sampled = np.array([tiles_of(end, c, r) for end in np.linspace(c, tokens, SAMPLES).astype(int)])
+  whole, steps = sampled[:, 0] // W, -(-sampled.sum(axis=1) // W)
   calls = -(-tokens // c) * K
-  sampled = np.linspace(c, tokens, SAMPLES).astype(int)
-  tiles = np.mean([tiles_of(end, c, r) for end in sampled]) * calls
-  around = calls * -(-(c + 1) * G // sparse_pairs.LANES) * sum(report['loops'][-2:])
-  steps = tiles / sparse_tpu.tiles_of_a_step(r, BLOCK * D * 2)
-  return steps * report['cycles'] + around, 2 * tiles * 2 * BLOCK * D + 2 * 2 * tokens * H * D
+  around = -(-(c + 1) * G // sparse_pairs.LANES) * sum(report['loops'][-2:])
+  one = np.mean(whole * report['cycles'] + (steps - whole) * report['most cycles']) + around
+  return calls * one, 2 * calls * np.mean(sampled.sum(axis=1)) * 2 * BLOCK * D + 2 * 2 * tokens * H * D
 
 
 def tiles_of(end, c, r):
-  """Tiles of one kv head of the c queries before `end`: each chose its own block and others before it at random."""
+  """Tiles of one kv head of the c queries before `end`: each chose its own block and others before it at random. Those
+  of blocks before the chunk, and the others.
+  """
   rng = np.random.default_rng(end)
   own = np.arange(end - c, end) // BLOCK
   others = (rng.random((c, TOP_K - 1)) * own[:, None]).astype(int)
   shared = np.bincount(np.concatenate([own, others[own >= TOP_K].ravel()]))
-  return np.sum(-(-shared // r))
+  tiles, before = -(-shared // r), (end - c + 1) // BLOCK
+  return np.sum(tiles[:before]), np.sum(tiles[before:])
 
 
 @functools.cache
-def chunk(tokens):
+def chunk(tokens, chip):
   """(queries of a chunk, queries of a tile)."""
-  c = resident_tpu.chunk_length(array(1, tokens, H, D), array(1, tokens, K, D), TOP_K, BLOCK)
+  device = jax.sharding.AbstractDevice(CHIPS[chip][1], 1, 'tpu')
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ('chip',), abstract_device=device)):
+    c = resident_tpu.chunk_length(array(1, tokens, H, D), array(1, tokens, K, D), TOP_K, BLOCK)
   plan = functools.partial(sparse_pairs.plan, P=-(-tokens // BLOCK), least=1, most=resident_tpu.TILE_ROWS // G)
   tiles = jax.eval_shape(plan, integers(1, c, 1, TOP_K), integers(1, c))
   return c, tiles.query_Mr.shape[1]

@@ -145,7 +145,7 @@ def diverge(plan, carried, keys, index_k_pbD, queries, logsumexps, K, G_real, sc
 
 
 def _stats_kernel(
-    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, place_ref,
+    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, whole_ref, place_ref,
     index_q_ref, index_k_refs, key_segment_refs, logsumexp_ref, top_ref, total_ref, *, scale, r):
   step, (_, b, _) = pl.program_id(0), index_k_refs[0].shape
   N = slot_ref.shape[0] - 1
@@ -188,7 +188,7 @@ def _stats_kernel(
 
 
 def _diverge_kernel(
-    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, place_ref, row_ref,
+    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, whole_ref, place_ref, row_ref,
     q_all_ref, logsumexp_ref, index_q_ref, index_logsumexp_ref, kl_before_ref, k_ref, index_k_ref, key_segment_ref,
     before_ref, kl_ref, dindex_k_ref, dindex_q_ref, q_ref, sem, *, scales, parts, r, G_real):
   m = pl.program_id(0)

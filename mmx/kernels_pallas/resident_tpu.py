@@ -1,6 +1,6 @@
 """Kernels for TPU whose queries stay in VMEM while blocks of keys pass by: what attention over selected blocks and the
 divergence of its index branch share. A chunk's queries of one kv head, and what is added up for each, are held in VMEM,
-of which a TPU core has 64 MiB or more; each block of keys comes for the tiles of queries that chose it.
+of which a TPU core has 64 MiB or 128; each block of keys comes for the tiles of queries that chose it.
 
 No pair's row is written to memory or read from it: keys outside and queries gathered, as `sparse_pairs.attend_in_tiles`
 has it for GPUs, would move 24 KiB for each pair of 16 heads, and libtpu's gathers wait for every 128 rows.
@@ -23,8 +23,9 @@ from mmx.kernels_pallas.sparse_pairs import LANES, whole_lanes
 TILE_ROWS = 512  # most r*G: what a step of the grid costs beside its products is less than they are
 MOST_TILES = 16  # of a step of the grid
 AT_ONCE = 4  # queries
-MOST_PAIRS = 2**15  # of a chunk: sorts of 2**17 take libtpu minutes to compile
-VMEM_BYTES = 44 * 2**20  # of a chunk's queries and what attention adds up for them; v5p has 64 MiB
+MOST_PAIRS = 2**16  # of a chunk: sorts of 2**17 take libtpu minutes to compile
+LEAST_VMEM = 64 * 2**20  # bytes of a core of v5p, where it is not known which chip it will be
+OTHER_VMEM = 20 * 2**20  # of it not for what a chunk's queries hold
 MORE_VMEM_BYTES = 10 * 2**20  # a step's scores, and what the compiler keeps
 IN_PLACE = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -105,6 +106,7 @@ class Plan(NamedTuple):
   query_R: jax.Array  # of each pair, and r more
   slot_N1: jax.Array
   segment_N1: jax.Array
+  whole_p: jax.Array  # 1 for pages of `seen_whole`, else 0
   place: jax.Array  # the chunk's first query of its row, kv head, tiles
 
 
@@ -112,6 +114,7 @@ def plans(chunk, keys, start, least, most):
   """(Plans of a chunk's kv heads, stacked; r). All at once: each step of XLA's costs 2000 cycles, much work or little."""
   B, c, K, _ = chunk.ids_BTKk.shape
   P, b = keys.k_pbX.shape[0] // B, keys.k_pbX.shape[1]
+  whole_p = seen_whole(chunk, keys).astype(jnp.int32)
   one_more = lambda x_Bc, value: jnp.pad(x_Bc.reshape(-1), (0, 1), constant_values=value)
 
   def of_head(ids_Bck, head):
@@ -119,18 +122,40 @@ def plans(chunk, keys, start, least, most):
     r = tiles.query_Mr.shape[1]
     return Plan(
         tiles.page_M, tiles.page_M % P * b, tiles.first_M1, jnp.pad(tiles.query_R, (0, r)),
-        one_more(chunk.slots_BT, -1), one_more(chunk.segments_BT, 0), jnp.stack([start, head, tiles.count]),
+        one_more(chunk.slots_BT, -1), one_more(chunk.segments_BT, 0), whole_p,
+        jnp.stack([start, head, tiles.count]),
     ), tiles.query_Mr
 
   stacked, query_KMr = jax.vmap(of_head, (2, 0))(chunk.ids_BTKk, jnp.arange(K, dtype=jnp.int32))
   return stacked, query_KMr.shape[2]
 
 
+def seen_whole(chunk, keys):
+  """Whether every query of the chunk that chose a page sees all its keys, [B*P]: none comes after the first of them, and
+  the row's queries and the page's keys are of one segment.
+  """
+  segments_BPb = keys.segment_p1b.reshape(chunk.slots_BT.shape[0], -1, keys.segment_p1b.shape[2])
+  P, b = segments_BPb.shape[1:]
+  there_BT, most = chunk.slots_BT >= 0, jnp.iinfo(jnp.int32).max
+  least_B1 = lambda x_BT: jnp.min(jnp.where(there_BT, x_BT, most), axis=1, keepdims=True)
+  greatest_B1 = -least_B1(-chunk.segments_BT)
+  last_slot_1P = jnp.arange(1, P + 1, dtype=jnp.int32)[None] * b - 1
+  before_BP = last_slot_1P <= least_B1(chunk.slots_BT)
+  one_BP = (jnp.min(segments_BPb, axis=2) >= greatest_B1) & (jnp.max(segments_BPb, axis=2) <= least_B1(chunk.segments_BT))
+  return (before_BP & one_BP).reshape(-1)
+
+
+def vmem_bytes():
+  """For a chunk's queries and what attention adds up for them, on the chips of the mesh at hand."""
+  capacity = pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else LEAST_VMEM
+  return capacity - OTHER_VMEM
+
+
 def most_queries(q_BTHDh, K):
   """Most queries of a chunk."""
   size = q_BTHDh.dtype.itemsize
   G, D = heads_held(q_BTHDh, K), -(-q_BTHDh.shape[-1] // LANES) * LANES
-  return VMEM_BYTES // (G * (D * (size + 4) + 2 * LANES * 4))
+  return vmem_bytes() // (G * (D * (size + 4) + 2 * LANES * 4))
 
 
 def heads_held(q_BTHDh, K):

@@ -2,7 +2,9 @@
 
 Forward, scores stand as [r*G, b], a query's heads in sublanes; a tile raises its queries' maxima, and their outputs and
 sums of weights fade by as much and take the tile's in. Sums are kept per lane and added up at the end. A step of the
-grid is several tiles: what one of them waits for, the others fill. Backward, a block stays in VMEM from tile to tile of
+grid is several tiles: what one of them waits for, the others fill. Its blocks are copied in while the step before is
+computed, by the kernel itself: as inputs of the grid each would cost 30 cycles more. Keys are masked only where a step
+has a block that some query of the chunk does not see whole. Backward, a block stays in VMEM from tile to tile of
 its page; the gradients of its keys and values grow there and are written once per page and chunk; scores stand as
 [b, r*G], so that two of three gradients are plain products.
 
@@ -79,7 +81,8 @@ def _backward(block_size, interpret, residuals, cotangents):
   )
   start = lax.empty(q_BTXD.shape, q_BTXD.dtype), *[jnp.zeros(keys.k_pbX.shape, jnp.float32)] * 2
   (dq_BTXD, dk, dv), _ = resident.each_chunk_and_head(differentiate, start, queries, keys, starts)
-  return resident.real_heads(dq_BTXD, K, H)[..., :Dh], *map(sparse_pairs.out_of_blocks, (dk, dv), (k_BSKDh, v_BSKDh)), None, None, None
+  dk_BSKDh, dv_BSKDh = map(sparse_pairs.out_of_blocks, (dk, dv), (k_BSKDh, v_BSKDh))
+  return resident.real_heads(dq_BTXD, K, H)[..., :Dh], dk_BSKDh, dv_BSKDh, None, None, None
 
 
 attend_blocks.defvjp(_forward, _backward)
@@ -97,19 +100,18 @@ def attend_chunk(plan, out_BTXD, *, keys, q_BTXD, K, scale, interpret=False):
   rows, N, G, D = resident.rows_held(q_BTXD, plan, K)
   b = keys.k_pbX.shape[1]
   W = tiles_of_a_step(r, b * D * q_BTXD.dtype.itemsize)
-  block = lambda i: pl.BlockSpec((1, b, D), lambda m, block_M, *scalars: (block_M[m * W + i], 0, scalars[-1][1]))
-  segment = lambda i: pl.BlockSpec((1, 1, b), lambda m, block_M, *_: (block_M[m * W + i], 0, 0))
-  blocks, segments = ([make(i) for i in range(W)] for make in (block, segment))
   state = lambda X, dtype=jnp.float32: pltpu.VMEM((rows, G, X), dtype)
+  block = pltpu.VMEM((2, W, b, D), keys.k_pbX.dtype)
   M, scalars = plan.block_M.size, len(plan)
   out, logsumexp = pl.pallas_call(
       functools.partial(_attend_kernel, scale=scale, r=r),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=scalars, grid=(pl.cdiv(plan.place[2], W),),
-          in_specs=[resident.IN_PLACE, resident.IN_PLACE, blocks, blocks, segments],
+          in_specs=[resident.IN_PLACE] * 5,
           out_specs=[resident.IN_PLACE, pl.BlockSpec((rows * G // LANES, LANES), lambda *_: (0, 0))],
           scratch_shapes=[
-              state(D, q_BTXD.dtype), state(D), state(LANES), state(LANES), pltpu.SemaphoreType.DMA,
+              state(D, q_BTXD.dtype), state(D), state(LANES), state(LANES), block, block,
+              pltpu.VMEM((2, W, 1, b), jnp.int32), pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA((2,)),
           ],
       ),
       out_shape=[
@@ -120,7 +122,7 @@ def attend_chunk(plan, out_BTXD, *, keys, q_BTXD, K, scale, interpret=False):
       compiler_params=resident.params(rows * G * (D * (q_BTXD.dtype.itemsize + 4) + 2 * LANES * 4) + 4 * STEP_BYTES),
       cost_estimate=_cost(M, r * G, b, D, N * G, q_BTXD.dtype, products=2, tensors=2),
       interpret=interpret, name='msa_attend_blocks',
-  )(*plan, q_BTXD, out_BTXD, [keys.k_pbX] * W, [keys.v_pbX] * W, [keys.segment_p1b] * W)
+  )(*plan, q_BTXD, out_BTXD, *keys[:3])
   return out, logsumexp.reshape(rows, G)[:N]
 
 
@@ -168,17 +170,27 @@ def _cost(M, rows, b, D, N, dtype, products, tensors):
 
 
 def _attend_kernel(
-    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, place_ref,
-    q_all_ref, before_ref, k_refs, v_refs, key_segment_refs,
-    out_all_ref, logsumexp_ref, q_ref, out_ref, top_ref, total_ref, sem, *, scale, r):
-  step, W, (_, b, D) = pl.program_id(0), len(k_refs), k_refs[0].shape
+    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, whole_ref, place_ref,
+    q_all_ref, before_ref, k_all_ref, v_all_ref, key_segment_all_ref,
+    out_all_ref, logsumexp_ref, q_ref, out_ref, top_ref, total_ref, k_ref, v_ref, key_segment_ref, sem, block_sem, *,
+    scale, r):
+  step, (_, W, b, D) = pl.program_id(0), k_ref.shape
+  steps, now = pl.cdiv(place_ref[2], W), step % 2
   rows, G, _ = q_ref.shape
   N, u = slot_ref.shape[0] - 1, LANES // G
+
+  def block_copies(step):
+    head, half, ends = pl.ds(pl.multiple_of(place_ref[1] * D, D), D), step % 2, []
+    for i in range(W):
+      page = block_ref[step * W + i]
+      ends += [(k_all_ref.at[page, :, head], k_ref.at[half, i]), (v_all_ref.at[page, :, head], v_ref.at[half, i])]
+      ends += [(key_segment_all_ref.at[page], key_segment_ref.at[half, i])]
+    return [pltpu.make_async_copy(*pair, block_sem.at[half]) for pair in ends]
 
   @pl.when(step == 0)
   def _():
     copies = resident.chunk_copies(place_ref, q_all_ref, q_ref, sem, N)
-    resident.start(copies)
+    resident.start(copies + block_copies(0))
     q_ref[N:] = jnp.zeros((rows - N, G, D), q_ref.dtype)
 
     @pl.loop(0, rows // u)
@@ -190,27 +202,39 @@ def _attend_kernel(
 
     resident.wait(copies)
 
-  slot_1b = lax.broadcasted_iota(jnp.int32, (1, b), 1)
-  for i in range(W):
-    queries = resident.queries_of(step * W + i, r, first_ref, query_ref, N)
-    here_1b = slot_1b + first_slot_ref[step * W + i]
-    seen = lambda n: (here_1b <= slot_ref[n]) & (key_segment_refs[i][0] == segment_ref[n])
-    q_RD = jnp.concatenate([q_ref[n] for n in queries])
-    scores_RGb = kernel_product(q_RD, k_refs[i][0], 1, 1).reshape(r, G, b) * (scale * LOG2E)
-    scores_Rb = jnp.concatenate([jnp.where(seen(n), scores_RGb[j], MASKED) for j, n in enumerate(queries)])
-    own_R1 = jnp.max(scores_Rb, axis=1, keepdims=True)
-    tops, fades = zip(*[
-        resident.raise_tops(top_ref, some, own_R1[j * G : (j + len(some)) * G]) for j, some in resident.some_of(queries)
-    ])
-    weights_Rb = jnp.exp2(scores_Rb - resident.wide(jnp.concatenate(tops), b))
-    out_RD = kernel_product(weights_Rb.astype(v_refs[i].dtype), v_refs[i][0], 1, 0)
-    fade_RL, weights_RL = jnp.concatenate(fades), per_lane(weights_Rb)
-    for j, some in resident.some_of(queries):
-      of_some = slice(j * G, (j + len(some)) * G)
-      resident.add_rows(out_ref, some, out_RD[of_some], resident.wide(fade_RL[of_some], D))
-      resident.add_rows(total_ref, some, weights_RL[of_some], fade_RL[of_some])
+  pl.when(step < steps - 1)(lambda: resident.start(block_copies(step + 1)))
+  resident.wait(block_copies(step))
+  slot_8b = lax.broadcasted_iota(jnp.int32, (8, b), 1)
 
-  @pl.when(step == pl.cdiv(place_ref[2], W) - 1)
+  def masked(scores_Rb, queries, i):
+    here_8b = slot_8b + first_slot_ref[step * W + i]
+    segment_8b = jnp.broadcast_to(key_segment_ref[now, i], (8, b))
+    seen = lambda n: (here_8b <= slot_ref[n]) & (segment_8b == segment_ref[n])
+    scores = scores_Rb.reshape(r, G // 8, 8, b)
+    return jnp.stack([jnp.where(seen(n), scores[j], MASKED) for j, n in enumerate(queries)]).reshape(r * G, b)
+
+  def attend(mask):
+    for i in range(W):
+      queries = resident.queries_of(step * W + i, r, first_ref, query_ref, N)
+      q_RD = jnp.concatenate([q_ref[n] for n in queries])
+      scores_Rb = mask(kernel_product(q_RD, k_ref[now, i], 1, 1) * (scale * LOG2E), queries, i)
+      own_R1 = jnp.max(scores_Rb, axis=1, keepdims=True)
+      tops, fades = zip(*[
+          resident.raise_tops(top_ref, some, own_R1[j * G : (j + len(some)) * G]) for j, some in resident.some_of(queries)
+      ])
+      weights_Rb = jnp.exp2(scores_Rb - resident.wide(jnp.concatenate(tops), b))
+      out_RD = kernel_product(weights_Rb.astype(v_ref.dtype), v_ref[now, i], 1, 0)
+      fade_RL, weights_RL = jnp.concatenate(fades), per_lane(weights_Rb)
+      for j, some in resident.some_of(queries):
+        of_some = slice(j * G, (j + len(some)) * G)
+        resident.add_rows(out_ref, some, out_RD[of_some], resident.wide(fade_RL[of_some], D))
+        resident.add_rows(total_ref, some, weights_RL[of_some], fade_RL[of_some])
+
+  whole = functools.reduce(jnp.minimum, [whole_ref[block_ref[step * W + i]] for i in range(W)])
+  pl.when(whole == 1)(lambda: attend(lambda scores_Rb, *_: scores_Rb))
+  pl.when(whole == 0)(lambda: attend(masked))
+
+  @pl.when(step == steps - 1)
   def _():
     @pl.loop(0, rows // u)
     def _(i):
@@ -241,7 +265,7 @@ def per_lane(weights_Gb):
 
 
 def _backward_kernel(
-    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, place_ref,
+    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, whole_ref, place_ref,
     q_all_ref, dout_all_ref, before_ref, logsumexp_ref, delta_ref, k_ref, v_ref, key_segment_ref, dk_before_ref,
     dv_before_ref, dq_all_ref, dk_ref, dv_ref, q_ref, dout_ref, dq_ref, sem, *, scale, r):
   m = pl.program_id(0)

@@ -18,7 +18,7 @@ kernel = functools.partial(divergence_tpu.selected_divergence_pallas, interpret=
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
   """Chunks of few queries and tiles of few, so that every loop turns more than once."""
-  monkeypatch.setattr(resident_tpu, 'VMEM_BYTES', 2**20)
+  monkeypatch.setattr(resident_tpu, 'vmem_bytes', lambda: 2**20)
   monkeypatch.setattr(resident_tpu, 'TILE_ROWS', 64)
 
 

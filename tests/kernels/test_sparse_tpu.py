@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from mmx.kernels_pallas import resident_tpu, sparse_tpu
+from mmx.kernels_pallas import resident_tpu, sparse_pairs, sparse_tpu
 from mmx.kernels_pallas.sparse_tpu import attend_blocks, unsupported
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
@@ -17,7 +17,7 @@ TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
   """Chunks of few queries and tiles of few, so that every loop turns more than once."""
-  monkeypatch.setattr(resident_tpu, 'VMEM_BYTES', 2**20)
+  monkeypatch.setattr(resident_tpu, 'vmem_bytes', lambda: 2**20)
   monkeypatch.setattr(resident_tpu, 'TILE_ROWS', 64)
   monkeypatch.setattr(sparse_tpu, 'STEP_QUERIES', 16)
 
@@ -108,6 +108,18 @@ def test_how_many_tiles_a_step_takes_changes_nothing(tiles, monkeypatch):
   monkeypatch.setattr(resident_tpu, 'TILE_ROWS', 8)
   out, _ = jax.jit(lambda *a: kernel(*a, b))(*inputs)
   assert_close(out, dense(*inputs, b)[0], jnp.float32)
+
+
+@pytest.mark.parametrize('start, end, some', [(20, 33, True), (34, 36, False), (70, 101, True), (0, 101, False)])
+def test_keys_go_unmasked_only_where_every_query_of_the_chunk_sees_all_of_them(start, end, some):
+  q, k, v, ids, slots, (segments, key_segments), b = make()  # the second document begins at 33
+  keys = sparse_pairs.keys_in_blocks(k, v, slots, key_segments, b)
+  queries = resident_tpu.Queries(*(x[:, start:end] for x in (ids, slots, segments)))
+  slot, segment = (np.asarray(x)[:, start:end, None] for x in (slots, segments))
+  sees = (np.arange(101) <= slot) & (np.asarray(key_segments)[:, None] == segment) | (slot < 0)
+  want = np.pad(sees.all(axis=1), ((0, 0), (0, -101 % b))).reshape(-1, b).all(axis=1)
+  assert want.any() == some and not want.all()
+  assert (np.asarray(resident_tpu.seen_whole(queries, keys)) == want).all()
 
 
 def test_all_blocks_chosen_are_full_causal_attention():
