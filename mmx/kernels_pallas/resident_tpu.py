@@ -138,11 +138,11 @@ def seen_whole(chunk, keys):
   P, b = segments_BPb.shape[1:]
   there_BT, most = chunk.slots_BT >= 0, jnp.iinfo(jnp.int32).max
   least_B1 = lambda x_BT: jnp.min(jnp.where(there_BT, x_BT, most), axis=1, keepdims=True)
-  greatest_B1 = -least_B1(-chunk.segments_BT)
+  segment_B1 = least_B1(chunk.segments_BT)
+  one_B1 = segment_B1 == -least_B1(-chunk.segments_BT)
   last_slot_1P = jnp.arange(1, P + 1, dtype=jnp.int32)[None] * b - 1
-  before_BP = last_slot_1P <= least_B1(chunk.slots_BT)
-  one_BP = (jnp.min(segments_BPb, axis=2) >= greatest_B1) & (jnp.max(segments_BPb, axis=2) <= least_B1(chunk.segments_BT))
-  return (before_BP & one_BP).reshape(-1)
+  of_it_BP = jnp.all(segments_BPb == segment_B1[..., None], axis=2)  # libtpu takes a minute over a minimum and a maximum
+  return ((last_slot_1P <= least_B1(chunk.slots_BT)) & one_B1 & of_it_BP).reshape(-1)
 
 
 def vmem_bytes():

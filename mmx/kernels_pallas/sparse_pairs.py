@@ -318,7 +318,7 @@ def plan(ids_BcKk, slot_Bc, P, least, most, together=1) -> Tiles:
   key_R = lax.sort(page_R << pair_bits | index_R, is_stable=False)
   page_R, pair_R = key_R >> pair_bits, key_R & 2**pair_bits - 1
   there_R = page_R < pages
-  total = jnp.sum(there_R, dtype=jnp.int32)
+  total = jnp.sum(valid_BcKk, dtype=jnp.int32)
 
   new_R = page_R != jnp.concatenate([jnp.full(1, -1, jnp.int32), page_R[:-1]])
   of_page_R = index_R - lax.cummax(jnp.where(new_R, index_R, 0))  # how many of its page stand before it
