@@ -22,7 +22,7 @@ def test_attention_over_blocks_fills_the_matrix_units(tpu_schedule, kernel, chip
   report = tpu_schedule.schedule(kernel, chip)
   assert report['share'] >= least
   assert report['share'] == report['ideal'] / report['bundles']
-  assert report['cycles'] <= report['most cycles'] < sum(report['loops'])
+  assert report['bundles'] <= report['cycles'] <= report['most cycles']
 
 
 def test_a_naive_step_of_few_rows_fills_less(tpu_schedule):
