@@ -191,7 +191,7 @@ def needed_flops(experiment, mode) -> tuple[float, float]:
   tokens = tokens_of(experiment, mode)
   mixing = sum(flops.mixing_flops(model, layer.mixer, T) for layer in layers)
   if training:
-    passes = 4 if model.remat in ('full', 'offload') else 3
+    passes = 3 if model.remat in ('none', 'mixer') else 4
     return flops.step_flops(experiment) * tokens, passes * mixing * tokens
   matrices = 2 * flops.count_parameters(model).active * tokens
   mixing *= 2 if mode == 'decode' else 1  # the last token sees all keys, tokens of a row half of them

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from mmx.kernels_pallas.chunks import join, product, split
+from mmx.kernels_pallas.chunks import join, kept, product, split
 
 CHUNK = 64  # queries; smaller skips more of the future, larger makes better matrix products
 SPAN = 256  # slots of a cache, or of keys of whole rows, read at once
@@ -81,7 +81,7 @@ def _chunked_forward(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT):
     out = product(weights, v_BKTDh[:, :, :end], 3, 2).reshape(B, K, G, -1, Dh) / total
     outputs.append(out.astype(q_BTHDh.dtype))
     logsumexps.append((top + jnp.log(total))[..., 0])
-  out_BKGTDh, logsumexp_BKGT = jnp.concatenate(outputs, axis=3), jnp.concatenate(logsumexps, axis=3)
+  out_BKGTDh, logsumexp_BKGT = kept((jnp.concatenate(outputs, axis=3), jnp.concatenate(logsumexps, axis=3)))
   residuals = q_BKGTDh, k_BKTDh, v_BKTDh, segment_ids_BT, out_BKGTDh, logsumexp_BKGT
   return out_BKGTDh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, Dh), residuals
 
@@ -161,7 +161,8 @@ def _splash_kernel(heads, slots_nT, interpret=False):
   names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
   sizes = splash.BlockSizes(**{f'block_{name}': block for name in names})
   mask = masks.MultiHeadMask([_causal_mask()(slots_nT.reshape(-1))] * heads)
-  return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=n, interpret=interpret)
+  options = {'head_shards': 1, 'q_seq_shards': n, 'interpret': interpret, 'residual_checkpoint_name': 'mixer'}
+  return splash.make_splash_mha(mask, block_sizes=sizes, **options)
 
 
 @functools.cache
@@ -213,7 +214,7 @@ def _part_forward(q_BTHDh, k_BKSDh, v_BKSDh, segment_ids_BT, slots_T, key_segmen
     return _over_spans(q_BcHDh, k_BKSDh, v_BKSDh, *where, key_segments_BS)
 
   chunks = split(q_BTHDh, c), split(slots_BT, c, -1), split(segment_ids_BT, c)
-  out_NBcHDh, logsumexp = jax.lax.map(attend, chunks)
+  out_NBcHDh, logsumexp = kept(jax.lax.map(attend, chunks))
   out_BTHDh = join(out_NBcHDh, T)
   return out_BTHDh, (chunks, k_BKSDh, v_BKSDh, key_segments_BS, out_NBcHDh, logsumexp)
 

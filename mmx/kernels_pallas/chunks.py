@@ -1,4 +1,6 @@
-"""What the forms in chunks share: cutting a sequence up, putting it together, products of many small matrices."""
+"""What the forms in chunks share: cutting a sequence up, putting it together, products of many small matrices; and how
+they name what the backward pass would rather keep than make again.
+"""
 
 from typing import NamedTuple
 
@@ -6,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Part(NamedTuple):
@@ -26,6 +29,11 @@ def places(segment_ids_BT, part=None):
   slots_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32) if part is None else part.slots_T
   segments = segment_ids_BT, segment_ids_BT if part is None else part.key_segments_BS
   return jnp.broadcast_to(slots_T[None], segment_ids_BT.shape), segments
+
+
+def kept(x):
+  """What a mixer's kernels return, for its output and its gradient: `model.remat` 'mixer' keeps it, see layers/block.py."""
+  return checkpoint_name(x, 'mixer')
 
 
 def split(x, chunk, fill=0):

@@ -26,10 +26,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from mmx.kernels_pallas import sparse_pairs
-from mmx.kernels_pallas.chunks import join, places, split
+from mmx.kernels_pallas.chunks import join, kept, places, split
 from mmx.kernels_pallas.sparse import logsumexp_of_choices
 
 
@@ -75,7 +74,7 @@ def _forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_
   slots_BT = jnp.where(segment_ids_BT > 0, slots_BT, -1)
   arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG
   kl_B, *dindex = diverge(*arguments, slots_BT, segments, block_size)
-  return kl_B, checkpoint_name(tuple(dindex), 'mixer')
+  return kl_B, kept(tuple(dindex))
 
 
 def _backward(block_size, diverge, dindex, dkl_B):

@@ -20,7 +20,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mmx.kernels_pallas.chunks import join, product, split
+from mmx.kernels_pallas.chunks import join, kept, product, split
 
 
 def lightning_chunked(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state_BHDhDh=None, chunk=64):
@@ -42,7 +42,7 @@ def lightning_chunked(q_BTHDh, k_BTHDh, v_BTHDh, slopes_H, segment_ids_BT, state
   step = functools.partial(_one_chunk, slopes_H, _decay_within(slopes_H, chunk))
   start = state_BHDhDh.astype(jnp.float32), first_B
   (state_BHDhDh, _), o_NBHcDh = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, xs)
-  return join(o_NBHcDh.swapaxes(2, 3), T), state_BHDhDh
+  return kept((join(o_NBHcDh.swapaxes(2, 3), T), state_BHDhDh))
 
 
 def _decay_within(slopes_H, chunk):

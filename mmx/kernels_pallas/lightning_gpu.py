@@ -37,6 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmx.kernels_pallas import hopper
+from mmx.kernels_pallas.chunks import kept
 from mmx.kernels_pallas.lightning_tpu import STEPS, count_steps, halves
 
 CHUNKS = 64, 128
@@ -95,7 +96,7 @@ def _lightning(q, k, v, state, slopes_H, steps_BRT, chunk, interpret):
 
 
 def _lightning_fwd(q, k, v, state, slopes_H, steps_BRT, chunk, interpret):
-  return _pass(q, k, v, state, slopes_H, steps_BRT, chunk, interpret), (q, k, v, state, slopes_H, steps_BRT)
+  return kept(_pass(q, k, v, state, slopes_H, steps_BRT, chunk, interpret)), (q, k, v, state, slopes_H, steps_BRT)
 
 
 def _lightning_bwd(chunk, interpret, residuals, cotangents):

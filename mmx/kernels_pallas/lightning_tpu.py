@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mmx.kernels_pallas.chunks import kept
+
 STEPS = ('count', 'segment', 'into', 'out', 'through')  # the rows of `count_steps`
 HEADS = 4, 2, 1  # of a tile, the most that divides H: they share a chunk's steps
 CHUNKS = {jnp.dtype('bfloat16'): (128, 256, 512), jnp.dtype('float32'): (128, 256)}  # fits 16 MiB of VMEM
@@ -103,7 +105,7 @@ def _lightning_fwd(q, k, v, state, slopes_H, steps_BRT, chunk, interpret):
   starts_BHNDhDh = jax.ShapeDtypeStruct((B, H, T // chunk, Dh, Dh), jnp.float32)
   inputs = {'slopes': [slopes_H], 'steps': [steps_BRT], 'tokens': [q, k, v], 'state': [state]}
   outputs = {'tokens': [q], 'state': [state], 'starts': [starts_BHNDhDh]}
-  o, last, starts_BHNDhDh = _call(_forward_kernel, inputs, outputs, chunk, interpret)
+  o, last, starts_BHNDhDh = kept(_call(_forward_kernel, inputs, outputs, chunk, interpret))
   return (o, last), (q, k, v, starts_BHNDhDh, slopes_H, steps_BRT)
 
 

@@ -9,7 +9,7 @@ training only, as nothing asks for it elsewhere.
 import jax
 
 from mmx.kernels_pallas import decode_gpu, divergence_gpu, index_gpu, sparse_gpu
-from mmx.kernels_pallas.chunks import places
+from mmx.kernels_pallas.chunks import kept, places
 from mmx.kernels_pallas.sparse_pairs import attend_cached
 
 
@@ -29,7 +29,7 @@ def msa_hopper(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
   """
   slots_BT, segments = places(segment_ids_BT, part)
   index = (x.astype(index_dtype or x.dtype) for x in (index_q_BTKDi, index_k_BTDi))
-  ids_BTKk = index_gpu.select_blocks_gpu(*index, slots_BT, segments, block_size, top_k, interpret=interpret)
+  ids_BTKk = kept(index_gpu.select_blocks_gpu(*index, slots_BT, segments, block_size, top_k, interpret=interpret))
   out_BTHDh, logsumexp_BTKG = sparse_gpu.attend_blocks(
       q_BTHDh, k_BTKDh, v_BTKDh, ids_BTKk, slots_BT, segments, block_size, interpret=interpret
   )

@@ -8,7 +8,7 @@ kernel, which wants keys as [B*P, b, K*Dh]: the cache is copied once, and then e
 """
 
 from mmx.kernels_pallas import decode_tpu, divergence_tpu, index_tpu, sparse_tpu
-from mmx.kernels_pallas.chunks import places
+from mmx.kernels_pallas.chunks import kept, places
 from mmx.kernels_pallas.sparse_pairs import attend_cached
 
 
@@ -25,9 +25,9 @@ def msa_pallas(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
   `interpret` runs the kernels on CPU, for tests; `part`: see `chunks.Part`.
   """
   slots_BT, segments = places(segment_ids_BT, part)
-  ids_BTKk = index_tpu.select_blocks_pallas(
+  ids_BTKk = kept(index_tpu.select_blocks_pallas(
       index_q_BTKDi, index_k_BTDi, slots_BT, segments, block_size, top_k, interpret=interpret
-  )
+  ))
   out_BTHDh, logsumexp_BTKG = sparse_tpu.attend_blocks(
       q_BTHDh, k_BTKDh, v_BTKDh, ids_BTKk, slots_BT, segments, block_size, interpret=interpret
   )

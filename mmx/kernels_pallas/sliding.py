@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mmx.kernels_pallas.chunks import join, product, split
+from mmx.kernels_pallas.chunks import join, kept, product, split
 
 NOWHERE = -1  # segment and position of a key that is not there
 
@@ -53,7 +53,7 @@ def sliding_chunked(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, win
   step = functools.partial(_one_chunk, window, sink_tokens)
   _, out_NBKRDh = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), before, (q_NBKRDh, own, sinks))
   out_NBHcDh = out_NBKRDh.reshape(-1, B, H, chunk, Dh)
-  return join(out_NBHcDh.swapaxes(2, 3), T)
+  return kept(join(out_NBHcDh.swapaxes(2, 3), T))
 
 
 def sliding_slots(q_BTHDh, k_BSKDh, v_BSKDh, slot_positions_BS, positions_BT, window, sink_tokens=0):

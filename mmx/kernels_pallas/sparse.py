@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mmx.kernels_pallas.chunks import join, places, product, split
+from mmx.kernels_pallas.chunks import join, kept, places, product, split
 
 SPAN = 2048  # index keys scored at once: 1 MiB at Di = 128 stays in the cache that the copied slice is read from
 SELECT_ELEMENTS = 2**21  # index scores at once, B*c*K*SPAN
@@ -411,7 +411,7 @@ def _forward(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids
   start = jnp.zeros(keys.index_BPbDi.shape, jnp.float32)
   dindex_k, (out, logsumexp, kl, dindex_q) = lax.scan(one_chunk, start, (chunks, ids))
   dindex = join(dindex_q, T).astype(index_q_BTKDi.dtype), _unblock(dindex_k, index_k_BTDi)
-  out_BTHDh = join(out, T)
+  out_BTHDh, logsumexp, ids, dindex = kept((join(out, T), logsumexp, ids, dindex))
   return (out_BTHDh, jnp.sum(kl, axis=0)), (inputs, out_BTHDh, logsumexp, ids, dindex)
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mmx.kernels_pallas.chunks import join, split
+from mmx.kernels_pallas.chunks import join, kept, split
 from mmx.kernels_pallas.sparse import logsumexp_of_choices
 
 CHUNK_ELEMENTS = 2**26  # of the outputs of one chunk's pairs, R*G*D: 128 MiB in bfloat16, and room for half-full tiles
@@ -122,7 +122,7 @@ def _forward(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, block_size
     return out, logsumexp_NG.reshape(B, -1, H // K)
 
   out, logsumexp = lax.map(one_chunk, chunks)
-  out_BTHDh, logsumexp_BTH = join(out, T)[..., :Dh], join(logsumexp, T)
+  out_BTHDh, logsumexp_BTH = kept((join(out, T)[..., :Dh], join(logsumexp, T)))
   logsumexp_BTKG = logsumexp_BTH.reshape(B, T, K, -1)
   return (out_BTHDh, logsumexp_BTKG), (inputs, out_BTHDh, logsumexp_BTH)
 

@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas import resident_tpu as resident
 from mmx.kernels_pallas import sparse_pairs
-from mmx.kernels_pallas.chunks import kernel_product
+from mmx.kernels_pallas.chunks import kept, kernel_product
 from mmx.kernels_pallas.sparse import MASKED
 from mmx.kernels_pallas.sparse_pairs import LANES, whole_lanes
 
@@ -61,7 +61,7 @@ def _forward(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, block_size
   out_BTXD = lax.empty(q_BTXD.shape, q_BTXD.dtype)
   out_BTXD, logsumexp = resident.each_chunk_and_head(attend, out_BTXD, queries, keys, starts)
   logsumexp_BTKG = resident.joined(logsumexp, B, T)[..., : H // K]
-  out_BTHDh = resident.real_heads(out_BTXD, K, H)[..., :Dh]
+  out_BTHDh, logsumexp_BTKG = kept((resident.real_heads(out_BTXD, K, H)[..., :Dh], logsumexp_BTKG))
   return (out_BTHDh, logsumexp_BTKG), (inputs, out_BTHDh, logsumexp_BTKG)
 
 

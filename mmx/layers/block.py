@@ -13,10 +13,18 @@ from mmx.layers.mlp import MLP
 from mmx.layers.moe import MoE
 from mmx.layers.norm import Norm
 
+_named = jax.checkpoint_policies.save_only_these_names('mixer')  # by `chunks.kept`
+
+
+def _of_mixers(primitive, *avals, **params):
+  """Whether a result is of a mixer's kernel, cuDNN's among them, which names none."""
+  return primitive.name == 'dot_product_attention_fwd_wrapper' or _named(primitive, *avals, **params)
+
+
 REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,  # least memory: the whole block again
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights
-    'mixer': jax.checkpoint_policies.save_only_these_names('mixer'),  # keep each mixer's output: attention runs once
+    'mixer': _of_mixers,  # keep what the mixers' kernels return: they run once, and products again
     # The whole block again, from an input that has been in the host's memory meanwhile.
     'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=['input'], offload_src='device',
@@ -45,7 +53,7 @@ class Block(nn.Module):
     normed_BTD = Norm(m.norm, m.norm_eps, name='mixer_norm')(x_BTD)
     y_BTD, cache, mixer_aux = mixer(normed_BTD, context, layer_index, cache)
     kind = 'lightning' if self.layer.mixer == 'lightning' else 'attention'
-    x_BTD = add_branch(m, kind, x_BTD, normed_BTD, checkpoint_name(y_BTD, 'mixer'))
+    x_BTD = add_branch(m, kind, x_BTD, normed_BTD, y_BTD)
 
     normed_BTD = Norm(m.norm, m.norm_eps, name='ffn_norm')(x_BTD)
     if self.layer.ffn == 'moe':
