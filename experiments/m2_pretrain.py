@@ -33,12 +33,12 @@ PEAK, BETWEEN, LAST = 1.0, 0.4, 0.1  # learning rate: of the first stage, betwee
 
 
 class Layout(NamedTuple):
-  """A batch and where it lies. Axes of a mesh must be products of sides of the slice."""
+  """A batch, where it lies, and what its backward pass makes again. Axes of a mesh must be products of sides of the slice."""
 
   rows: int
   tokens: int  # of a row
   mesh: config.MeshConfig
-  remat: str = ''  # the model's own if empty
+  remat: str = 'mixer'  # where memory allows: at 192K tokens attention is most of the work
 
 
 def over(expert, context=1, fsdp=1):
@@ -46,7 +46,10 @@ def over(expert, context=1, fsdp=1):
 
 
 LAYOUTS = {
-    'cpu': {'8k': Layout(32, 128, over(-1)), '32k': Layout(16, 256, over(-1)), '192k': Layout(8, 512, over(-1))},
+    'cpu': {
+        '8k': Layout(32, 128, over(-1), 'none'), '32k': Layout(16, 256, over(-1), 'none'),
+        '192k': Layout(8, 512, over(-1), 'none'),
+    },
     'v5p_64': {
         '8k': Layout(32, 8192, over(16, 4)), '32k': Layout(16, 32768, over(16, 4)),
         '192k': Layout(4, 196608, over(4, 16)),
@@ -56,11 +59,12 @@ LAYOUTS = {
         '192k': Layout(64, 196608, over(64, 8)),
     },
     'v6e_256': {
-        '8k': Layout(256, 8192, over(256)), '32k': Layout(64, 32768, over(16, 16)),
+        '8k': Layout(256, 8192, over(256), 'full'), '32k': Layout(64, 32768, over(16, 16), 'full'),
         '192k': Layout(16, 196608, over(16, 16), 'offload'),
     },
     'h200_32': {
-        '8k': Layout(32, 8192, over(32)), '32k': Layout(8, 32768, over(8, 4)), '192k': Layout(2, 196608, over(2, 16)),
+        '8k': Layout(32, 8192, over(32)), '32k': Layout(8, 32768, over(8, 4)),
+        '192k': Layout(2, 196608, over(2, 16), 'full'),
     },
 }
 
@@ -106,7 +110,7 @@ def arms(base):
 
 
 def laid(experiment):
-  return Layout(experiment.data.batch_size, experiment.data.seq_len, experiment.mesh)
+  return Layout(experiment.data.batch_size, experiment.data.seq_len, experiment.mesh, experiment.model.remat)
 
 
 def stage(base, layouts, name):
@@ -114,5 +118,6 @@ def stage(base, layouts, name):
   rows, tokens, mesh, remat = layouts[name]
   steps = CPU_STEPS[name] if layouts is LAYOUTS['cpu'] else int(TOKENS[name] / (rows * tokens))
   axes = {f'mesh.{axis}': getattr(mesh, axis) for axis in config.MESH_AXES}
-  room = {'model.remat': remat} if remat else {}
-  return config.override(base, {'data.batch_size': rows, 'data.seq_len': tokens, 'train.steps': steps} | axes | room)
+  return config.override(
+      base, {'data.batch_size': rows, 'data.seq_len': tokens, 'train.steps': steps, 'model.remat': remat} | axes
+  )

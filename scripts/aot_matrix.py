@@ -22,10 +22,10 @@ RESULTS, PAGE = ROOT / 'docs/results/aot_matrix.json', ROOT / 'docs/aot.md'
 GIB = 2**30
 M2 = '--config=experiments/m2_pretrain.py'
 M3 = ('--config=configs/models/m3_428b.gin', '--set=model.moe.transport=direct', '--set=model.moe.capacity_factor=1.5',
-      '--set=train.loss_chunk=65536')
+      '--set=train.loss_chunk=65536', '--set=model.remat=mixer')
 AT_4K = ('--config=configs/models/m2_230b.gin', '--set=data.seq_len=4096', '--set=data.batch_size=64',
          '--set=mesh.fsdp=1', '--set=mesh.expert=64', '--set=model.moe.transport=direct',
-         '--set=model.moe.capacity_factor=1.5', '--set=train.loss_chunk=65536')
+         '--set=model.moe.capacity_factor=1.5', '--set=train.loss_chunk=65536', '--set=model.remat=mixer')
 
 SLICES = {'v5p_64': 'v5p:4x4x4', 'v5p_512': 'v5p:8x8x8', 'v6e_256': 'v6e:16x16', 'h200_32': 'h200:4x8'}
 

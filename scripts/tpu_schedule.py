@@ -121,21 +121,17 @@ def attend(r, backward=False):
   return call, (plan(r), all_queries, keys(), all_queries)
 
 
-def diverge(r, stats=False):
+def diverge(r):
   all_queries, index_q, index_k = array(1, 2 * QUERIES, H, D), floats(QUERIES + 1, DI), array(BLOCKS, BLOCK, DI)
-  if stats:
-    call = lambda plan, *inputs: divergence_tpu.index_stats((plan, r), *inputs, K, DI**-0.5)
-    return call, (plan(r), keys(), index_k, index_q, all_queries)
   carried = floats(1, 1, sparse_pairs.LANES), floats(BLOCKS, BLOCK, K * DI)
-  logsumexps = floats(1, 2 * QUERIES, H), floats(QUERIES + 1, sparse_pairs.LANES)
+  logsumexps = floats(1, 2 * QUERIES, H), floats(1, 2 * QUERIES, K)
   call = lambda plan, *inputs: divergence_tpu.diverge((plan, r), *inputs, K, G, (D**-0.5, DI**-0.5))
   return call, (plan(r), carried, keys(), index_k, (all_queries, index_q), logsumexps)
 
 
-def select():
+def select(function=index_tpu.select_blocks_pallas):
   T, S = 1024, 2**17
-  select_ = lambda *a: index_tpu.select_blocks_pallas(*a, BLOCK, TOP_K)
-  return select_, (array(1, T, K, DI), array(1, S, DI), integers(1, T), (integers(1, T), integers(1, S)))
+  return lambda *a: function(*a, BLOCK, TOP_K), (array(1, T, K, DI), array(1, S, DI), integers(1, T), (integers(1, T), integers(1, S)))
 
 
 def splash():
@@ -150,12 +146,11 @@ def splash():
   return run, (array(K, G, T, D), array(K, T, D), array(K, T, D), integers(T))
 
 
+select_and_sum = functools.partial(select, index_tpu.select_blocks_and_sum)
+
 KERNELS = {  # name: (what makes function and arguments, the name it compiles to, a step, multiplications of a step)
     'msa_attend_blocks_backward': (
         functools.partial(attend, 32, True), 'msa_attend_blocks_backward', '32 queries, a block', 5 * 512 * BLOCK * D),
-    'msa_index_stats': (
-        functools.partial(diverge, 32, True), 'msa_index_stats', f'{divergence_tpu.TILES} of 32 queries, a block each',
-        divergence_tpu.TILES * 32 * BLOCK * DI),
     'msa_divergence': (
         functools.partial(diverge, 32), 'msa_divergence', '32 queries, a block',
         32 * G * BLOCK * D + 3 * 32 * BLOCK * DI),
@@ -163,6 +158,10 @@ KERNELS = {  # name: (what makes function and arguments, the name it compiles to
         select, 'msa_index_scores', f'{index_tpu.ROWS} rows of queries, {index_tpu.KEYS} keys',
         index_tpu.ROWS * index_tpu.KEYS * DI),
     'msa_index_largest': (select, 'msa_index_largest', '128 rows of queries', 0),
+    'msa_index_scores_and_sums': (  # in training
+        select_and_sum, 'msa_index_scores', f'{index_tpu.ROWS} rows of queries, {index_tpu.KEYS} keys',
+        index_tpu.ROWS * index_tpu.KEYS * DI),
+    'msa_index_logsumexp': (select_and_sum, 'msa_index_logsumexp', '128 rows of queries', 0),
     'splash': (splash, 'splash', f'{SPLASH} queries, {SPLASH} keys', 2 * SPLASH * SPLASH * D),
 }
 for r in (1, 2, 4, 8, 16, 32):  # queries that share a block

@@ -46,7 +46,7 @@ def selected_divergence_hopper(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, id
   `interpret` is False for the card, `hopper.simulator()` for tests.
   """
   stats, diverge = (functools.partial(function, interpret=interpret) for function in (_stats, _diverge))
-  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
+  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, (logsumexp_BTKG,), segment_ids_BT
   kernels = DivergenceKernels(stats, diverge, lambda G: STRIP)
   return divergence(*arguments, block_size, functools.partial(in_tiles, kernels=kernels), part)
 

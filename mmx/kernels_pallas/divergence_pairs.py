@@ -1,7 +1,8 @@
 """The divergence of MSA's index branch on accelerators, with its gradient in closed form (arXiv:2606.13392, sections
 3.2 and 4): what its kernels are given, and what is made of what they give.
 
-Two sweeps over the tiles that `sparse_pairs` cuts of a chunk's pairs (query, block), as attention's are cut:
+Over the tiles that `sparse_pairs` cuts of a chunk's pairs (query, block), as attention's are cut, two sweeps, on TPU the
+second alone, as its index pass leaves the logsumexps (`index_tpu`):
 
   stats    index scores; the greatest of each query in a tile and the sum of exponentials above it, from which XLA makes
            the logsumexp over the query's blocks.
@@ -11,8 +12,8 @@ Two sweeps over the tiles that `sparse_pairs` cuts of a chunk's pairs (query, bl
            a page.
 
 Value and gradient come from one sweep, so that the attention's scores, which cost G times an index head's, are made
-once. The index branch's gradients, [B, T, K + 1, Di] in its dtype, are held until the backward pass. They are named
-'mixer': the policy of rematerialisation that keeps mixers' outputs keeps them too, others run both sweeps again.
+once. The index branch's gradients, [B, T, K + 1, Di] in its dtype, are held until the backward pass. They are
+`kept`: with a policy of rematerialisation that keeps nothing the sweeps run again.
 
 What XLA makes of the tiles' results is so on GPUs (`in_tiles`); on TPU it is added up in VMEM (`divergence_tpu`).
 
@@ -49,14 +50,15 @@ class DivergenceKernels(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size,
-               diverge, part=None):
+def divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexps, segment_ids_BT, block_size, diverge,
+               part=None):
   """KL(P || P_idx) over each query's selected tokens: kl [B] float32; the kl of `reference.msa`.
 
   Args:
     q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi: bfloat16 or float32, as the kernels take them.
     ids_BTKk: int32 blocks of each query, no block twice, -1 for none.
-    logsumexp_BTKG: float32, of the attention's scores of each query over its blocks.
+    logsumexps: float32, of the scores of each query over its blocks: [B, T, K, G] of the attention and, where a platform's
+      index pass makes them, [B, T, K] of the index branch.
     segment_ids_BT: a query sees the tokens up to its own of its segment; queries of segment 0 are left out.
     diverge: what makes it of the first six, slots_BT, segments (of queries, of keys) and the block size: kl, and its
       gradients of index_q and index_k.
@@ -64,15 +66,15 @@ def divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumex
 
   The gradient reaches index_q and index_k only, and is made on the way forward.
   """
-  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
+  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexps, segment_ids_BT
   return _forward(*arguments, block_size, diverge, part)[0]
 
 
-def _forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size,
-             diverge, part=None):
+def _forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexps, segment_ids_BT, block_size, diverge,
+             part=None):
   slots_BT, segments = places(segment_ids_BT, part)
   slots_BT = jnp.where(segment_ids_BT > 0, slots_BT, -1)
-  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG
+  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, *logsumexps
   kl_B, *dindex = diverge(*arguments, slots_BT, segments, block_size)
   return kl_B, kept(tuple(dindex))
 

@@ -1,11 +1,10 @@
-"""The divergence of MSA's index branch as Pallas kernels for TPU, a chunk's queries in VMEM: see `resident_tpu`;
-`divergence_pairs` says what the two sweeps make.
+"""The divergence of MSA's index branch as a Pallas kernel for TPU, a chunk's queries in VMEM: see `resident_tpu`;
+`divergence_pairs` says what its sweep makes.
 
-Layout. In the first sweep, little work and much waiting, index queries stand in sublanes and keys in lanes; each query's
-maximum and sum are raised as in `sparse_tpu`, several tiles a step. In the second keys are in sublanes and queries in
-lanes, [b, r*G] scores of attention and [b, r] of the index branch. A query's G heads are neighbours in lanes, so their
-sum is a product with a matrix of zeros and ones: that is exact in bfloat16, and probabilities enter it in as many
-bfloat16 parts as the inputs' dtype asks for. Keys that a query does not see are masked in the mean, once for G heads.
+Layout. Keys are in sublanes and queries in lanes, [b, r*G] scores of attention and [b, r] of the index branch. A query's
+G heads are neighbours in lanes, so their sum is a product with a matrix of zeros and ones: that is exact in bfloat16, and
+probabilities enter it in as many bfloat16 parts as the inputs' dtype asks for. Keys that a query does not see are masked
+in the mean, once for G heads.
 The index keys' gradient grows in VMEM from tile to tile of a block, the index queries' and the divergence over a chunk.
 
 None of it has run on a TPU. Letters as in `resident_tpu` and `divergence_pairs`, and R = r*G.
@@ -22,29 +21,26 @@ from jax.experimental.pallas import tpu as pltpu
 from mmx.kernels_pallas import resident_tpu as resident
 from mmx.kernels_pallas.chunks import kernel_product
 from mmx.kernels_pallas.divergence_pairs import divergence, index_keys_in_blocks
-from mmx.kernels_pallas.sparse import MASKED
 from mmx.kernels_pallas.sparse_pairs import LANES, whole_lanes
-from mmx.kernels_pallas.sparse_tpu import LOG2E, per_lane
 
-TILES = 4  # of a step of the first sweep
 ROWS = 8  # at once, where all that a chunk has are set or read
 LEAST_QUERIES = 2  # of a tile: a product with one row of bfloat16 does not compile
 NEVER = 1e30  # a logsumexp against which nothing has probability
 PARTS = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 3}  # numbers of 8 bits that make up a probability
 
 
-def selected_divergence_pallas(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT,
+def selected_divergence_pallas(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexps, segment_ids_BT,
                                block_size, interpret=False, part=None):
-  """`divergence_pairs.divergence` by the kernels below: kl [B] float32.
+  """`divergence_pairs.divergence` by the kernel below, of both logsumexps: kl [B] float32.
 
   Shapes are those that `msa_tpu.unsupported` has nothing to say of; `interpret` is as `pl.pallas_call` takes it.
   """
-  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT
+  arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexps, segment_ids_BT
   return divergence(*arguments, block_size, functools.partial(_divergence, interpret=interpret), part)
 
 
-def _divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, slots_BT, segments, block_size,
-                interpret):
+def _divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, index_logsumexp_BTK, slots_BT,
+                segments, block_size, interpret):
   B, T, H, Dh = q_BTHDh.shape
   K, Di = index_q_BTKDi.shape[2:]
   q_BTXD, queries, keys, starts = resident.sides(q_BTHDh, k_BTKDh, k_BTKDh, ids_BTKk, slots_BT, segments, block_size)
@@ -58,8 +54,7 @@ def _divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsume
     place = 0, plan[0].place[0], plan[0].place[1], 0
     index_q_ND = lax.dynamic_slice(index_q_BTKD, place, (B, N // B, 1, index_q_BTKD.shape[3])).reshape(N, -1)
     index_q_N1D = jnp.pad(index_q_ND, ((0, 1), (0, 0))).astype(jnp.float32)
-    index_logsumexp_N1L = index_stats(plan, keys, index_k_pbD, index_q_N1D, q_BTXD, K, Di**-0.5, interpret)
-    both = (q_BTXD, index_q_N1D), (logsumexp_BTX, index_logsumexp_N1L)
+    both = (q_BTXD, index_q_N1D), (logsumexp_BTX, index_logsumexp_BTK)
     return diverge(plan, carried, keys, index_k_pbD, *both, K, H // K, (Dh**-0.5, Di**-0.5), interpret)
 
   zeros = jnp.zeros((B, 1, LANES)), jnp.zeros((*index_k_pbD.shape[:2], K * index_k_pbD.shape[2]), jnp.float32)
@@ -69,37 +64,11 @@ def _divergence(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsume
   return jnp.sum(kl_B1L, axis=(1, 2)), dindex_q_BTKDi, jnp.sum(dindex_k_BTKD, axis=2).astype(index_k_BTDi.dtype)
 
 
-def index_stats(plan, keys, index_k_pbD, index_q_N1D, q_BTXD, K, scale, interpret=False):
-  """logsumexp of each query's index scores over its blocks, float32 [N + 1, L] in all lanes, 0 if it chose none."""
-  plan, r = plan
-  rows, *_ = resident.rows_held(q_BTXD, plan, K)
-  b, D = index_k_pbD.shape[1:]
-  W, M, scalars = TILES, plan.block_M.size, len(plan)
-  block = lambda i, *shape: pl.BlockSpec((1, *shape), lambda m, block_M, *_: (block_M[m * W + i], 0, 0))
-  blocks = lambda *shape: [block(i, *shape) for i in range(W)]
-  whole = lambda *shape: pl.BlockSpec(shape, lambda *_: (0, 0))
-  return pl.pallas_call(
-      functools.partial(_stats_kernel, scale=scale, r=r),
-      grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=scalars, grid=(pl.cdiv(plan.place[2], W),),
-          in_specs=[whole(*index_q_N1D.shape), blocks(b, D), blocks(1, b)], out_specs=whole(rows, LANES),
-          scratch_shapes=[pltpu.VMEM((rows, LANES), jnp.float32)] * 2,
-      ),
-      out_shape=jax.ShapeDtypeStruct((rows, LANES), jnp.float32),
-      compiler_params=resident.params(rows * (2 * D + 4 * LANES) * 4),
-      cost_estimate=pl.CostEstimate(
-          flops=2 * M * r * b * D, transcendentals=M * r * b,
-          bytes_accessed=index_q_N1D.size * 4 + M * b * D * index_k_pbD.dtype.itemsize,
-      ),
-      interpret=interpret, name='msa_index_stats',
-  )(*plan, index_q_N1D, [index_k_pbD] * W, [keys.segment_p1b] * W)[: index_q_N1D.shape[0]]
-
-
 def diverge(plan, carried, keys, index_k_pbD, queries, logsumexps, K, G_real, scales, interpret=False):
   """Of a chunk and kv head: (kl of each row so far, [B, 1, L] to be added up, and the index keys' gradient so far as
   each kv head has it, float32 [B*P, b, K*D], both with this one's added), and the index queries' gradient [N, D].
 
-  `logsumexps` are attention's, [B, T, X], and the index branch's.
+  `logsumexps` are attention's, [B, T, X], and the index branch's, [B, T, K].
   """
   plan, r = plan
   q_BTXD, index_q_N1D = queries
@@ -112,8 +81,8 @@ def diverge(plan, carried, keys, index_k_pbD, queries, logsumexps, K, G_real, sc
   whole = lambda *shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
   kl_B1L, dindex_k_pbX = carried
   M, first = plan.block_M.size, len(scalars)
-  (logsumexp_BTX, index_logsumexp), dtype = logsumexps, q_BTXD.dtype
-  inputs = q_BTXD, resident.lanes_of_chunk(logsumexp_BTX, plan, G), index_q_N1D, index_logsumexp
+  logsumexps, dtype = (resident.lanes_of_chunk(x, plan, n) for x, n in zip(logsumexps, (G, 1))), q_BTXD.dtype
+  inputs = q_BTXD, index_q_N1D, *logsumexps
   kl_B1L, dindex_k_pbX, dindex_q = pl.pallas_call(
       functools.partial(_diverge_kernel, scales=scales, parts=parts, r=r, G_real=G_real),
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -144,52 +113,9 @@ def diverge(plan, carried, keys, index_k_pbD, queries, logsumexps, K, G_real, sc
 # kernels
 
 
-def _stats_kernel(
-    block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, whole_ref, place_ref,
-    index_q_ref, index_k_refs, key_segment_refs, logsumexp_ref, top_ref, total_ref, *, scale, r):
-  step, (_, b, _) = pl.program_id(0), index_k_refs[0].shape
-  N = slot_ref.shape[0] - 1
-
-  @pl.when(step == 0)
-  def _():
-    @pl.loop(0, top_ref.shape[0] // ROWS)
-    def _(i):
-      queries = pl.ds(i * ROWS, ROWS)
-      top_ref[queries] = jnp.full((ROWS, LANES), MASKED / 2, jnp.float32)
-      total_ref[queries] = jnp.zeros((ROWS, LANES), jnp.float32)
-
-  slot_1b = lax.broadcasted_iota(jnp.int32, (1, b), 1)
-  for i in range(TILES):
-    m = step * TILES + i
-    queries = resident.queries_of(m, r, first_ref, query_ref, N)
-    here_1b = slot_1b + first_slot_ref[m]
-    index_k_bD = index_k_refs[i][0]
-    index_q_rD = jnp.concatenate([index_q_ref[pl.ds(n, 1)] for n in queries]).astype(index_k_bD.dtype)
-    seen = lambda n: (here_1b <= slot_ref[n]) & (key_segment_refs[i][0] == segment_ref[n])
-    unseen_rb = jnp.concatenate([jnp.where(seen(n), 0.0, MASKED) for n in queries])
-    scores_rb = kernel_product(index_q_rD, index_k_bD, 1, 1) * (scale * LOG2E) + unseen_rb
-    own_r1 = jnp.max(scores_rb, axis=1, keepdims=True)
-    tops, fades = zip(*[
-        resident.raise_tops(top_ref, some, own_r1[j : j + len(some)]) for j, some in resident.some_of(queries)
-    ])
-    weights_rL = per_lane(jnp.exp2(scores_rb - resident.wide(jnp.concatenate(tops), b)))
-    fade_rL = jnp.concatenate(fades)
-    for j, some in resident.some_of(queries):
-      resident.add_rows(total_ref, some, weights_rL[j : j + len(some)], fade_rL[j : j + len(some)])
-
-  @pl.when(step == pl.cdiv(place_ref[2], TILES) - 1)
-  def _():
-    @pl.loop(0, top_ref.shape[0] // ROWS)
-    def _(i):
-      queries = pl.ds(i * ROWS, ROWS)
-      total = jnp.sum(total_ref[queries], axis=1, keepdims=True)
-      logsumexp = top_ref[queries] / LOG2E + jnp.log(jnp.where(total > 0, total, 1))
-      logsumexp_ref[queries] = jnp.where(total > 0, logsumexp, 0)
-
-
 def _diverge_kernel(
     block_ref, first_slot_ref, first_ref, query_ref, slot_ref, segment_ref, whole_ref, place_ref, row_ref,
-    q_all_ref, logsumexp_ref, index_q_ref, index_logsumexp_ref, kl_before_ref, k_ref, index_k_ref, key_segment_ref,
+    q_all_ref, index_q_ref, logsumexp_ref, index_logsumexp_ref, kl_before_ref, k_ref, index_k_ref, key_segment_ref,
     before_ref, kl_ref, dindex_k_ref, dindex_q_ref, q_ref, sem, *, scales, parts, r, G_real):
   m = pl.program_id(0)
   rows, G, D = q_ref.shape

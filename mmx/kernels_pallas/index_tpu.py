@@ -2,6 +2,9 @@
 
   pooled   scores of a tile of keys against a tile of query rows, masked, and the largest of each block.
   largest  k rounds of maximum over a query row's blocks: TPU kernels have no sort, and XLA's would sort all blocks.
+  chosen   in training, the logsumexp over the chosen blocks' tokens, of each block's, which `pooled` then makes too: the
+           student's, as the paper has it (section 4). While the matrix unit is busy exponentials cost little; going
+           through the chosen pairs once more would cost five times as much at 128K tokens, and as much at 600K.
 
 Both keep keys or blocks on sublanes and query rows on lanes. Then the largest of a block is an elementwise maximum of
 registers, where across lanes it would be one reduction for each row and block; the pooled scores [P, N] come out dense
@@ -24,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas.chunks import join, split
+from mmx.kernels_pallas.sparse import MASKED
 
 LANES = 128
 ROWS = 1024  # query rows of a tile: 1024 products for each 2 bytes of keys read, above what any TPU's memory asks for
@@ -61,13 +65,25 @@ def select_blocks_pallas(index_q_BTKDi, index_k_BSDi, slots_BT, segments, block_
     int32 [B, T, K, k], own block first, then by falling score, ties to the lower block, -1 where fewer are visible.
     No gradient.
   """
+  return _select(index_q_BTKDi, index_k_BSDi, slots_BT, segments, block_size, top_k, interpret)[0]
+
+
+def select_blocks_and_sum(index_q_BTKDi, index_k_BSDi, slots_BT, segments, block_size, top_k, interpret=False):
+  """`select_blocks_pallas`, and of each query and index head the logsumexp of its scores, times Di**-0.5, over what it
+  sees of those blocks: float32 [B, T, K], 0 where it chose none.
+  """
+  return _select(index_q_BTKDi, index_k_BSDi, slots_BT, segments, block_size, top_k, interpret, sums=1)
+
+
+def _select(index_q_BTKDi, index_k_BSDi, slots_BT, segments, block_size, top_k, interpret, sums=0):
+  """(ids, *logsumexps), of which there are `sums`."""
   index_q_BTKDi, index_k_BSDi = lax.stop_gradient((index_q_BTKDi, index_k_BSDi))
   B, T, K, Di = index_q_BTKDi.shape
   S = index_k_BSDi.shape[1]
   P = pl.cdiv(pl.cdiv(S, KEYS) * (KEYS // block_size), STRIP) * STRIP
   least = LANES // math.gcd(LANES, K)  # fewest queries that fill lanes
   tile = min(max(least, ROWS // K // least * least), pl.cdiv(T, least) * least)
-  chunk = tile * max(1, min(pl.cdiv(T, tile), POOLED_BYTES // (B * tile * K * P * 4)))
+  chunk = tile * max(1, min(pl.cdiv(T, tile), POOLED_BYTES // (B * tile * K * P * 4 * (1 + sums))))
   query_segments, key_segments = segments or (None, None)
   if key_segments is not None:
     key_segments = jnp.pad(key_segments, ((0, 0), (0, -S % KEYS))).reshape(B, -1, LANES)
@@ -77,23 +93,29 @@ def select_blocks_pallas(index_q_BTKDi, index_k_BSDi, slots_BT, segments, block_
     per_row = lambda x_Bc: None if x_Bc is None else jnp.repeat(x_Bc, K, axis=1)[:, None]
     slot_B1N = per_row(slot_Bc)
     q_BNDi = q_BcKDi.reshape(B, chunk * K, Di)
-    pooled_BPN = _pooled(
-        q_BNDi, index_k_BSDi, slot_B1N, per_row(segment_Bc), key_segments, P, tile * K, block_size, interpret
+    pooled_BPN, *sums_BPN = _pooled(
+        q_BNDi, index_k_BSDi, slot_B1N, per_row(segment_Bc), key_segments, P, tile * K, block_size, sums, interpret
     )
     own_B1N = jnp.where(slot_B1N < 0, -1, slot_B1N // block_size)
-    return _largest(pooled_BPN, own_B1N, top_k, interpret)
+    ids_BkN = _largest(pooled_BPN, own_B1N, top_k, interpret)
+    return ids_BkN, *(_chosen(sum_BPN, ids_BkN, own_B1N, interpret) for sum_BPN in sums_BPN)
 
-  ids = lax.map(one_chunk, (split(index_q_BTKDi, chunk), split(slots_BT, chunk, -1), split(query_segments, chunk)))
+  ids, *logsumexps = lax.map(
+      one_chunk, (split(index_q_BTKDi, chunk), split(slots_BT, chunk, -1), split(query_segments, chunk))
+  )
   # Turned once at the end: with its k in lanes, padded to 128, the output of all chunks would be held 8 times over.
-  return join(ids.reshape(-1, B, top_k, chunk, K).transpose(0, 1, 3, 4, 2), T)
+  ids_BTKk = join(ids.reshape(-1, B, top_k, chunk, K).transpose(0, 1, 3, 4, 2), T)
+  return ids_BTKk, *(join(logsumexp.reshape(-1, B, chunk, K), T) for logsumexp in logsumexps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # scores of tokens, the largest of each block
 
 
-def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, interpret):
-  """float32 [B, P, N]: each block's largest score, unscaled, -inf where nothing is visible; no value behind all slots."""
+def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, sums, interpret):
+  """float32 [B, P, N]: each block's largest score, unscaled, -inf where nothing is visible; no value behind all slots.
+  If `sums` is 1, also each block's logsumexp, scaled.
+  """
   B, N, Di = q_BNDi.shape
   S, n = k_BSDi.shape[1], KEYS // block
   tiles = pl.cdiv(S, KEYS)
@@ -112,16 +134,16 @@ def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, in
     in_specs += [rows, pl.BlockSpec((1, KEYS // LANES, LANES), lambda *at: (at[0], seen(*at), 0))]
     arguments += segment_B1N, key_segments
   return pl.pallas_call(
-      functools.partial(_pooled_kernel, block=block),
-      out_shape=jax.ShapeDtypeStruct((B, P, N), jnp.float32),
+      functools.partial(_pooled_kernel, block=block, sums=sums),
+      out_shape=[jax.ShapeDtypeStruct((B, P, N), jnp.float32)] * (1 + sums),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=2, grid=(B, N // R, seen_tiles), in_specs=in_specs,
-          out_specs=pl.BlockSpec((1, n, R), lambda b, i, j, *_: (b, j, i)),
+          out_specs=[pl.BlockSpec((1, n, R), lambda b, i, j, *_: (b, j, i))] * (1 + sums),
       ),
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
       cost_estimate=pl.CostEstimate(
-          flops=2 * B * N * S * Di, transcendentals=0,
-          bytes_accessed=B * (N // R * S * Di * k_BSDi.dtype.itemsize + q_BNDi.nbytes // B + 4 * P * N),
+          flops=2 * B * N * S * Di, transcendentals=sums * B * N * S,
+          bytes_accessed=B * (N // R * S * Di * k_BSDi.dtype.itemsize + q_BNDi.nbytes // B + 4 * (1 + sums) * P * N),
       ),
       interpret=interpret, name='msa_index_scores',
   )(first_Bt, last_Bt, *arguments)
@@ -146,8 +168,8 @@ def _spans(slot_B1N, segment_B1N, key_segments, R, tiles):
   return first_Bt, jnp.where(found, tiles - 1 - jnp.argmax(meet[..., ::-1], axis=-1).astype(jnp.int32), -1)
 
 
-def _pooled_kernel(first_ref, last_ref, q_ref, k_ref, slot_ref, *refs, block):
-  *segments, out_ref = refs
+def _pooled_kernel(first_ref, last_ref, q_ref, k_ref, slot_ref, *refs, block, sums):
+  segments, (best_ref, *sum_refs) = refs[: -1 - sums], refs[-1 - sums :]
   row, tile, step = (pl.program_id(axis) for axis in range(3))
   seen = (step >= first_ref[row, tile]) & (step <= last_ref[row, tile])
 
@@ -168,12 +190,18 @@ def _pooled_kernel(first_ref, last_ref, q_ref, k_ref, slot_ref, *refs, block):
       parts = [key_segments[:, part : part + 1] == segment_1R for part in range(KEYS // LANES)]
       visible &= jnp.concatenate(parts)
     # A choice, not a sum: what is behind or of another document may be NaN.
-    scores = jnp.where(visible, scores, -jnp.inf)
-    out_ref[0] = jnp.max(scores.reshape(KEYS // block, block, -1), axis=1)
+    scores = jnp.where(visible, scores, -jnp.inf).reshape(KEYS // block, block, -1)
+    best_nR = jnp.max(scores, axis=1)
+    best_ref[0] = best_nR
+    for sum_ref in sum_refs:
+      top_nR, scale = jnp.where(best_nR > -jnp.inf, best_nR, 0), q_RDi.shape[1] ** -0.5
+      total_nR = jnp.sum(jnp.exp2((scores - top_nR[:, None]) * (scale / math.log(2))), axis=1)
+      sum_ref[0] = top_nR * scale + jnp.log(total_nR)
 
   @pl.when(~seen)
   def _():
-    out_ref[0] = jnp.full(out_ref.shape[1:], -jnp.inf)
+    for ref in (best_ref, *sum_refs):
+      ref[0] = jnp.full(ref.shape[1:], -jnp.inf)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,8 +211,6 @@ def _pooled_kernel(first_ref, last_ref, q_ref, k_ref, slot_ref, *refs, block):
 def _largest(pooled_BPN, own_B1N, top_k, interpret):
   """int32 [B, k, N]: the blocks of each column by falling score, its own first, -1 where nothing is left."""
   B, P, N = pooled_BPN.shape
-  # No block is visible behind a query's own.
-  strips_Bt = (jnp.max(own_B1N.reshape(B, -1, LANES), axis=-1) + STRIP) // STRIP
   lanes = lambda rows: pl.BlockSpec((1, rows, LANES), lambda b, i, _: (b, 0, i))
   return pl.pallas_call(
       functools.partial(_largest_kernel, top_k=top_k),
@@ -198,7 +224,12 @@ def _largest(pooled_BPN, own_B1N, top_k, interpret):
           flops=6 * B * P * N * top_k, transcendentals=0, bytes_accessed=pooled_BPN.nbytes + 4 * B * N * (top_k + 1)
       ),
       interpret=interpret, name='msa_index_largest',
-  )(strips_Bt, pooled_BPN, own_B1N)
+  )(_strips(own_B1N), pooled_BPN, own_B1N)
+
+
+def _strips(own_B1N):
+  """Of LANES queries: no block is visible behind a query's own."""
+  return (jnp.max(own_B1N.reshape(len(own_B1N), -1, LANES), axis=-1) + STRIP) // STRIP
 
 
 def _largest_kernel(strips_ref, pooled_ref, own_ref, ids_ref, left_ref, *, top_k):
@@ -230,3 +261,44 @@ def _largest_kernel(strips_ref, pooled_ref, own_ref, ids_ref, left_ref, *, top_k
 
   lax.fori_loop(0, strips, load, None)
   lax.fori_loop(0, top_k, one_round, (own_1L, jnp.inf))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the sum over them
+
+
+def _chosen(sum_BPN, ids_BkN, own_B1N, interpret):
+  """float32 [B, 1, N]: the logsumexp over the chosen blocks, of each block's own; 0 where none is chosen."""
+  B, P, N = sum_BPN.shape
+  k = ids_BkN.shape[1]
+  lanes = lambda rows: pl.BlockSpec((1, rows, LANES), lambda b, i, _: (b, 0, i))
+  return pl.pallas_call(
+      _chosen_kernel, out_shape=jax.ShapeDtypeStruct((B, 1, N), jnp.float32),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=1, grid=(B, N // LANES), in_specs=[lanes(P), lanes(k)], out_specs=lanes(1),
+      ),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel')),
+      cost_estimate=pl.CostEstimate(
+          flops=2 * B * P * N * k, transcendentals=2 * B * P * N, bytes_accessed=sum_BPN.nbytes + 4 * B * N * (k + 1)
+      ),
+      interpret=interpret, name='msa_index_logsumexp',
+  )(_strips(own_B1N), sum_BPN, ids_BkN)
+
+
+def _chosen_kernel(strips_ref, sum_ref, ids_ref, logsumexp_ref):
+  block_h = lax.broadcasted_iota(jnp.int32, (STRIP, LANES), 0)
+
+  def strip(i, carry):
+    top, total = carry
+    ids = block_h + i * STRIP
+    chosen = functools.reduce(jnp.logical_or, [ids == ids_ref[0, pl.ds(j, 1)] for j in range(ids_ref.shape[1])])
+    # What is not chosen may be of no query at all, and unset memory.
+    scores = jnp.where(chosen, sum_ref[0, pl.ds(pl.multiple_of(i * STRIP, STRIP), STRIP)], MASKED)
+    higher = jnp.maximum(top, scores)
+    return higher, total * jnp.exp(top - higher) + jnp.where(chosen, jnp.exp(scores - higher), 0)
+
+  start = jnp.full(block_h.shape, MASKED), jnp.zeros(block_h.shape)
+  top, total = lax.fori_loop(0, strips_ref[pl.program_id(0), pl.program_id(1)], strip, start)
+  top_1L = jnp.max(top, axis=0, keepdims=True)
+  total_1L = jnp.sum(total * jnp.exp(top - top_1L), axis=0, keepdims=True)
+  logsumexp_ref[0] = jnp.where(total_1L > 0, top_1L + jnp.log(jnp.where(total_1L > 0, total_1L, 1)), 0)

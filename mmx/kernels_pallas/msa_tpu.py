@@ -1,7 +1,7 @@
 """MiniMax Sparse Attention on TPU, of the kernels in `index_tpu`, `sparse_tpu`, `divergence_tpu` and `decode_tpu`.
 
 Blocks are selected and attended to by Pallas kernels; another makes the index branch's divergence, over the same pairs
-of query and block, from the attention's logsumexp. It is paid in training only, as nothing asks for it elsewhere.
+of query and block, from both branches' logsumexps. It is paid in training only, as nothing asks for it elsewhere.
 
 Against a cache, few tokens go to the kernel that reads each one's blocks where they stand. Many tokens go to training's
 kernel, which wants keys as [B*P, b, K*Dh]: the cache is copied once, and then each block is read once for all.
@@ -25,15 +25,15 @@ def msa_pallas(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_i
   `interpret` runs the kernels on CPU, for tests; `part`: see `chunks.Part`.
   """
   slots_BT, segments = places(segment_ids_BT, part)
-  ids_BTKk = kept(index_tpu.select_blocks_pallas(
+  ids_BTKk, index_logsumexp_BTK = kept(index_tpu.select_blocks_and_sum(
       index_q_BTKDi, index_k_BTDi, slots_BT, segments, block_size, top_k, interpret=interpret
   ))
   out_BTHDh, logsumexp_BTKG = sparse_tpu.attend_blocks(
       q_BTHDh, k_BTKDh, v_BTKDh, ids_BTKk, slots_BT, segments, block_size, interpret=interpret
   )
   kl_B = divergence_tpu.selected_divergence_pallas(
-      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexp_BTKG, segment_ids_BT, block_size, interpret,
-      part,
+      q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, (logsumexp_BTKG, index_logsumexp_BTK), segment_ids_BT,
+      block_size, interpret, part,
   )
   return out_BTHDh, kl_B
 

@@ -15,7 +15,8 @@ def gradients(T):
   """A gradient through the divergence, and its arguments."""
   array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, T, *shape), dtype)
   floats = array(H, DH), array(K, DH), array(K, DI), array(DI)
-  arguments = *floats, array(K, TOP_K, dtype=jnp.int32), array(K, H // K, dtype=jnp.float32), array(dtype=jnp.int32)
+  logsumexps = array(K, H // K, dtype=jnp.float32), array(K, dtype=jnp.float32)
+  arguments = *floats, array(K, TOP_K, dtype=jnp.int32), logsumexps, array(dtype=jnp.int32)
 
   def total(index_q, index_k, q, k, *rest):
     return jnp.sum(selected_divergence_pallas(q, k, index_q, index_k, *rest, BLOCK))
@@ -27,7 +28,7 @@ def test_gradient_of_32768_tokens_holds_no_rows_and_index_keys_of_each_head(comp
   T = 32768
   compiled = compile_for_tpu(*gradients(T))
   text = compiled.as_text()
-  assert 'msa_index_stats' in text and 'msa_divergence' in text and text.count('tpu_custom_call') >= 2
+  assert 'msa_divergence' in text and text.count('tpu_custom_call') >= 1
   copy_of_keys, index_keys_of_each_head, gradient = T * K * DH * 2, T * K * DI * 4, T * K * DI * 2
   # Index queries' gradient once as it is made and once in row order; v5p has no VMEM for what weighs it by the rows.
   held = copy_of_keys + 2 * (index_keys_of_each_head + gradient) + 2 * gradient

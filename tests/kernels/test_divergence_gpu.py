@@ -11,10 +11,15 @@ from mmx.kernels_pallas import divergence_gpu, hopper, sparse_gpu, sparse_pairs
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
-kernel = functools.partial(divergence_gpu.selected_divergence_hopper, interpret=hopper.simulator())
-watched = functools.partial(
-    divergence_gpu.selected_divergence_hopper, interpret=hopper.simulator(detect_races=True)
-)
+
+def simulated(*arguments, **options):
+  """Of the attention's logsumexp alone."""
+  *floats, ids, logsumexps, segments, b = arguments
+  interpret = hopper.simulator(**options)
+  return divergence_gpu.selected_divergence_hopper(*floats, ids, logsumexps[0], segments, b, interpret)
+
+
+watched = functools.partial(simulated, detect_races=True)
 
 
 @pytest.mark.parametrize('shares, elements, shape', [
@@ -26,8 +31,8 @@ def test_value_and_gradients_are_the_oracles_and_attention_gets_none(monkeypatch
   monkeypatch.setattr(sparse_gpu, 'SHARES', shares)
   monkeypatch.setattr(sparse_pairs, 'CHUNK_ELEMENTS', elements)
   inputs, b, top_k = make(**shape, dtype=jnp.bfloat16)
-  want, ids, logsumexp = by_oracle(inputs, b, top_k)
-  got, others = value_and_gradients(kernel, inputs, ids, logsumexp, b)
+  want, *given = by_oracle(inputs, b, top_k)
+  got, others = value_and_gradients(simulated, inputs, *given, b)
   assert got[0].dtype == jnp.float32 and got[1].dtype == got[2].dtype == jnp.bfloat16
   assert_close(got, want, TOLERANCE[jnp.bfloat16])
   assert not any(jnp.any(a) for a in others)
@@ -36,9 +41,9 @@ def test_value_and_gradients_are_the_oracles_and_attention_gets_none(monkeypatch
 def test_nan_of_padding_reaches_no_value_or_gradient_and_nothing_races(monkeypatch, races):
   monkeypatch.setattr(sparse_gpu, 'SHARES', 1)
   (*arrays, segments), b, top_k = make(B=1, T=140, H=8, K=1, Dh=64, Di=64, b=128, k=2, dtype=jnp.bfloat16, padded=9)
-  want, ids, logsumexp = by_oracle((*arrays, segments), b, top_k)
+  want, ids, logsumexps = by_oracle((*arrays, segments), b, top_k)
   poison = lambda a: jnp.where((segments == 0).reshape(*segments.shape, *[1] * (a.ndim - 2)), jnp.nan, a)
-  got, _ = value_and_gradients(watched, (*map(poison, arrays), segments), ids, poison(logsumexp), b)
+  got, _ = value_and_gradients(watched, (*map(poison, arrays), segments), ids, [*map(poison, logsumexps)], b)
   assert_close(got, want, TOLERANCE[jnp.bfloat16])
   assert not races()
 

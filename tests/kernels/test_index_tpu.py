@@ -10,6 +10,7 @@ import pytest
 from mmx.kernels_pallas import index_tpu, reference, sparse
 
 select = jax.jit(functools.partial(index_tpu.select_blocks_pallas, interpret=True), static_argnums=(4, 5))
+select_and_sum = jax.jit(functools.partial(index_tpu.select_blocks_and_sum, interpret=True), static_argnums=(4, 5))
 select_xla = jax.jit(sparse.select_blocks, static_argnums=(4, 5))
 
 
@@ -59,6 +60,31 @@ def test_selection_of_whole_packed_rows_equals_the_oracle_in_many_chunks(monkeyp
   small = jax.jit(lambda *a: index_tpu.select_blocks_pallas(*a, 32, 5, interpret=True))  # of the sizes set above
   got = small(index_q, index_k, slots, (segments, segments))
   np.testing.assert_array_equal(got, reference.msa_select(index_q, index_k, segments, 32, 5))
+
+
+@pytest.mark.parametrize('B, T, S, K, Di, block, top_k, dtype, packed', [
+    (2, 70, 2300, 4, 128, 128, 5, 'float32', True), (1, 37, 1025, 3, 32, 16, 65, 'bfloat16', False),
+    (2, 8, 2048, 2, 64, 64, 1, 'bfloat16', True),
+])
+def test_logsumexp_is_that_of_the_scores_seen_in_the_chosen_blocks(
+    monkeypatch, B, T, S, K, Di, block, top_k, dtype, packed
+):
+  """Also of queries that are padding, of blocks seen in part, of keys that are NaN where nobody looks."""
+  monkeypatch.setattr(index_tpu, 'POOLED_BYTES', 2**20)
+  index_q, index_k, slots, segments = inputs(B, T, S, K, Di, dtype=jnp.dtype(dtype))
+  slots = jnp.where(jnp.arange(T) % 7 == 3, -1, slots - S // 8)
+  index_k = jnp.where((jnp.arange(S)[None] > slots.max(axis=1, keepdims=True))[..., None], jnp.nan, index_k * 4)
+  ids, found = select_and_sum(index_q, index_k, slots, segments if packed else None, block, top_k)
+  np.testing.assert_array_equal(ids, select(index_q, index_k, slots, segments if packed else None, block, top_k))
+  assert found.dtype == jnp.float32 and found.shape == (B, T, K)
+  scores = np.einsum('btkd,bsd->btks', *(np.nan_to_num(np.asarray(x, np.float64)) for x in (index_q, index_k))) * Di**-0.5
+  chosen = (np.asarray(ids)[..., None] == np.arange(-(-S // block))).any(axis=3).repeat(block, axis=3)[..., :S]
+  seen = chosen & (np.arange(S) <= np.asarray(slots)[..., None])[:, :, None]
+  if packed:
+    seen &= (np.asarray(segments[0])[..., None] == np.asarray(segments[1])[:, None])[:, :, None]
+  total = np.sum(np.where(seen, np.exp(scores), 0), axis=3)
+  assert (total > 0).any() and not total[np.asarray(slots) < 0].any()
+  np.testing.assert_allclose(found, np.where(total > 0, np.log(np.where(total > 0, total, 1)), 0), rtol=1e-6, atol=5e-6)
 
 
 def test_segments_out_of_order_are_kept_apart():
