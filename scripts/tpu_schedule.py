@@ -10,7 +10,7 @@ blocks of 128, k = 16, bfloat16, segments.
   bundles   of one step of the kernel's grid: every branch, taken or not, but for loops inside, which are counted apart;
             of branches with matrix products the shortest one alone.
   ideal     cycles of a step's matrix products at the peak of the chip: FLOPs / (2 * units * side**2).
-  share     ideal / bundles: the greatest share of the matrix units' time that this schedule can fill.
+  share     ideal / bundles, 1 at most: the greatest share of the matrix units' time that this schedule can fill.
   slots     of the matrix units that the compiler counts as taken, of all; also of vector units, loads and stores.
   cycles    bundles, and the waits where a unit is still at the product before, each taking ideal * units / products.
             The compiler puts products closer than units can take them; what else a chip waits for is not in it.
@@ -195,7 +195,7 @@ def schedule(kernel, chip):
     named = dict(MXU='matrix', VALU='vector', XLU='across lanes', VLOAD='load', VSTORE='store', SALU='scalar')
     reports.append({
         'bundles': len(here), 'ideal': round(ideal), 'cycles': cycles(calls, ideal * units),
-        'share': ideal / len(here),
+        'share': min(1, ideal / len(here)),
         'slots': {name: taken[unit] / (capacity[unit] * len(here)) for unit, name in named.items()},
         'spills': taken['VSTORE:SPILL'], 'fills': taken['VLOAD:FILL'],
     })
@@ -319,10 +319,12 @@ def prefill(tokens, chip):
 
 
 def index_scores(tokens, chip):
+  """Steps, of which the last of a tile of queries masks keys."""
   ends = np.arange(1, tokens * K // index_tpu.ROWS + 1) * (index_tpu.ROWS // K)
-  steps = np.sum(-(-ends // index_tpu.KEYS))
+  steps, report = np.sum(-(-ends // index_tpu.KEYS)), schedule('msa_index_scores', chip)
   pooled = 4 * index_tpu.ROWS * index_tpu.KEYS // BLOCK
-  return steps * schedule('msa_index_scores', chip)['cycles'], steps * (index_tpu.KEYS * DI * 2 + pooled)
+  cycles = (steps - ends.size) * report['cycles'] + ends.size * report['most cycles']
+  return cycles, steps * (index_tpu.KEYS * DI * 2 + pooled)
 
 
 def largest_blocks(tokens, chip):

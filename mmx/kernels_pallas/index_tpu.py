@@ -1,17 +1,18 @@
 """MSA's index branch on TPU (arXiv:2606.13392): scores of tokens, the largest of each block, the k best blocks.
 
-  pooled   scores of a tile of keys against a tile of query rows, masked, and the largest of each block.
+  pooled   scores of a tile of keys against a tile of query rows, and the largest of each block.
   largest  k rounds of maximum over a query row's blocks: TPU kernels have no sort, and XLA's would sort all blocks.
   chosen   in training, the logsumexp over the chosen blocks' tokens, of each block's, which `pooled` then makes too: the
            student's, as the paper has it (section 4). While the matrix unit is busy exponentials cost little; going
-           through the chosen pairs once more would cost five times as much at 128K tokens, and as much at 600K.
+           through the chosen pairs once more would cost four times as much at 128K tokens, and as much at 500K.
 
 Both keep keys or blocks on sublanes and query rows on lanes. Then the largest of a block is an elementwise maximum of
 registers, where across lanes it would be one reduction for each row and block; the pooled scores [P, N] come out dense
 for any block size; and a decoded token still streams its keys through the matrix unit as rows, at 128 query rows.
 
 Token scores stay in VMEM. Pooled scores are kept for one chunk of queries, POOLED_BYTES of them or one tile of queries.
-Tiles of keys that no query of a tile sees are neither read nor computed. None of it has run on a TPU.
+Tiles of keys that no query of a tile sees are neither read nor computed, and those that all see whole are not masked.
+None of it has run on a TPU.
 
 Letters: B rows, T queries, S key slots, K index heads, Di index dim, b block size, P blocks, k blocks per query and
 head, c queries of a chunk, N = c*K query rows, R query rows of a tile, s keys of a tile, n = s/b blocks of a tile.
@@ -119,10 +120,10 @@ def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, su
   B, N, Di = q_BNDi.shape
   S, n = k_BSDi.shape[1], KEYS // block
   tiles = pl.cdiv(S, KEYS)
-  first_Bt, last_Bt = _spans(slot_B1N, segment_B1N, key_segments, R, tiles)
+  spans = _spans(slot_B1N, segment_B1N, key_segments, R, tiles)
   seen_tiles = jnp.maximum(jnp.max(slot_B1N), 0) // KEYS + 1  # of the chunk's last query; `_largest` reads no further
   # A step that computes nothing names the tile that is there already, and nothing is copied.
-  seen = lambda b, i, j, first, last: jnp.maximum(jnp.clip(j, first[b, i], last[b, i]), 0)
+  seen = lambda b, i, j, first, last, *_: jnp.maximum(jnp.clip(j, first[b, i], last[b, i]), 0)
   rows = pl.BlockSpec((1, 1, R), lambda b, i, j, *_: (b, 0, i))
   in_specs = [
       pl.BlockSpec((1, R, Di), lambda b, i, j, *_: (b, i, 0)),
@@ -137,7 +138,7 @@ def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, su
       functools.partial(_pooled_kernel, block=block, sums=sums),
       out_shape=[jax.ShapeDtypeStruct((B, P, N), jnp.float32)] * (1 + sums),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=2, grid=(B, N // R, seen_tiles), in_specs=in_specs,
+          num_scalar_prefetch=4, grid=(B, N // R, seen_tiles), in_specs=in_specs,
           out_specs=[pl.BlockSpec((1, n, R), lambda b, i, j, *_: (b, j, i))] * (1 + sums),
       ),
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
@@ -146,57 +147,73 @@ def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, su
           bytes_accessed=B * (N // R * S * Di * k_BSDi.dtype.itemsize + q_BNDi.nbytes // B + 4 * (1 + sums) * P * N),
       ),
       interpret=interpret, name='msa_index_scores',
-  )(first_Bt, last_Bt, *arguments)
+  )(*spans, *arguments)
 
 
 def _spans(slot_B1N, segment_B1N, key_segments, R, tiles):
-  """First and last tile of keys that a tile of queries may see: int32 [B, N/R] each, last -1 where none."""
+  """First and last tile of keys that a tile of queries may see, and first and last of a run that each of them sees whole:
+  int32 [B, N/R] four times, last -1 where none.
+  """
   in_tiles = lambda x: x.reshape(x.shape[0], -1, R)
-  slot_BtR = in_tiles(slot_B1N)
+  slot_BtR, most = in_tiles(slot_B1N), jnp.iinfo(jnp.int32).max - 1
   last_Bt = jnp.max(slot_BtR, axis=-1) // KEYS
+  whole_Bt = jnp.minimum((jnp.min(jnp.where(slot_BtR < 0, most, slot_BtR), axis=-1) + 1) // KEYS - 1, last_Bt)
   if segment_B1N is None:
-    return jnp.zeros_like(last_Bt), last_Bt
+    return jnp.zeros_like(last_Bt), last_Bt, jnp.zeros_like(last_Bt), whole_Bt
   # Padding is of no segment. Segments of queries and keys can only be equal where their ranges meet.
-  most = jnp.iinfo(jnp.int32).max
   low_Bt1 = jnp.min(jnp.where(slot_BtR < 0, most, in_tiles(segment_B1N)), axis=-1, keepdims=True)
   high_Bt1 = jnp.max(jnp.where(slot_BtR < 0, -most, in_tiles(segment_B1N)), axis=-1, keepdims=True)
   keys_B1ts = key_segments.reshape(-1, 1, tiles, KEYS)
-  meet = (jnp.min(keys_B1ts, axis=-1) <= high_Bt1) & (jnp.max(keys_B1ts, axis=-1) >= low_Bt1)
-  meet &= jnp.arange(tiles, dtype=jnp.int32)[None, None] <= last_Bt[..., None]
-  found = jnp.any(meet, axis=-1)
-  first_Bt = jnp.argmax(meet, axis=-1).astype(jnp.int32)
-  return first_Bt, jnp.where(found, tiles - 1 - jnp.argmax(meet[..., ::-1], axis=-1).astype(jnp.int32), -1)
+  low_B1t, high_B1t = jnp.min(keys_B1ts, axis=-1), jnp.max(keys_B1ts, axis=-1)
+  upto = lambda last_Bt: jnp.arange(tiles, dtype=jnp.int32)[None, None] <= last_Bt[..., None]
+  meet = (low_B1t <= high_Bt1) & (high_B1t >= low_Bt1) & upto(last_Bt)
+  whole = (low_B1t == high_Bt1) & (high_B1t == low_Bt1) & upto(whole_Bt)
+  (first_Bt, last_Bt), (first_whole_Bt, last_whole_Bt) = map(_ends, (meet, whole))
+  without_gap = jnp.sum(whole, axis=-1) == last_whole_Bt - first_whole_Bt + 1  # in rows whose documents do not ascend
+  return first_Bt, last_Bt, first_whole_Bt, jnp.where(without_gap, last_whole_Bt, -1)
 
 
-def _pooled_kernel(first_ref, last_ref, q_ref, k_ref, slot_ref, *refs, block, sums):
+def _ends(true_Btt):
+  """int32 [B, t], twice: where the first stands, and the last; -1 where there is none."""
+  found, last = jnp.any(true_Btt, axis=-1), true_Btt.shape[-1] - 1
+  first_Bt = jnp.argmax(true_Btt, axis=-1).astype(jnp.int32)
+  return first_Bt, jnp.where(found, last - jnp.argmax(true_Btt[..., ::-1], axis=-1).astype(jnp.int32), -1)
+
+
+def _pooled_kernel(first_ref, last_ref, first_whole_ref, last_whole_ref, q_ref, k_ref, slot_ref, *refs, block, sums):
   segments, (best_ref, *sum_refs) = refs[: -1 - sums], refs[-1 - sums :]
   row, tile, step = (pl.program_id(axis) for axis in range(3))
   seen = (step >= first_ref[row, tile]) & (step <= last_ref[row, tile])
+  whole = (step >= first_whole_ref[row, tile]) & (step <= last_whole_ref[row, tile])
 
-  @pl.when(seen)
-  def _():
-    q_RDi, k_sDi = q_ref[0], k_ref[0]
-    if q_RDi.dtype.itemsize == 1:  # no matrix unit up to v6e multiplies float8; every one of them is a bfloat16
-      q_RDi, k_sDi = q_RDi.astype(jnp.bfloat16), k_sDi.astype(jnp.bfloat16)
-    # bfloat16 products are exact in float32; float32 operands need all their bits, or near scores would change places.
-    precision = lax.Precision.HIGHEST if q_RDi.dtype == jnp.float32 else None
-    slot_1R = slot_ref[0] - step * KEYS
-    scores = lax.dot_general(
-        k_sDi, q_RDi, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    visible = lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= slot_1R
+  def masked(scores):
+    visible = lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= slot_ref[0] - step * KEYS
     if segments:
       segment_1R, key_segments = segments[0][0], segments[1][0].T  # [LANES, KEYS / LANES]: keys on sublanes
       parts = [key_segments[:, part : part + 1] == segment_1R for part in range(KEYS // LANES)]
       visible &= jnp.concatenate(parts)
     # A choice, not a sum: what is behind or of another document may be NaN.
-    scores = jnp.where(visible, scores, -jnp.inf).reshape(KEYS // block, block, -1)
+    return jnp.where(visible, scores, -jnp.inf)
+
+  def pool(mask):
+    q_RDi, k_sDi = q_ref[0], k_ref[0]
+    if q_RDi.dtype.itemsize == 1:  # no matrix unit up to v6e multiplies float8; every one of them is a bfloat16
+      q_RDi, k_sDi = q_RDi.astype(jnp.bfloat16), k_sDi.astype(jnp.bfloat16)
+    # bfloat16 products are exact in float32; float32 operands need all their bits, or near scores would change places.
+    precision = lax.Precision.HIGHEST if q_RDi.dtype == jnp.float32 else None
+    scores = lax.dot_general(
+        k_sDi, q_RDi, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = mask(scores).reshape(KEYS // block, block, -1)
     best_nR = jnp.max(scores, axis=1)
     best_ref[0] = best_nR
     for sum_ref in sum_refs:
       top_nR, scale = jnp.where(best_nR > -jnp.inf, best_nR, 0), q_RDi.shape[1] ** -0.5
       total_nR = jnp.sum(jnp.exp2((scores - top_nR[:, None]) * (scale / math.log(2))), axis=1)
       sum_ref[0] = top_nR * scale + jnp.log(total_nR)
+
+  pl.when(seen & whole)(lambda: pool(lambda scores: scores))
+  pl.when(seen & ~whole)(lambda: pool(masked))
 
   @pl.when(~seen)
   def _():

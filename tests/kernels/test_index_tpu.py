@@ -42,6 +42,7 @@ def assert_same_blocks(args, block, top_k):
         (1, 150, 2300, 4, 128, 128, 16, 'bfloat16', False),
         (2, 37, 1025, 3, 32, 16, 65, 'bfloat16', True),  # all blocks, 3 heads in 128 lanes, one key in the last tile
         (1, 300, 1100, 1, 64, 64, 3, 'float32', False),
+        (2, 300, 9000, 4, 32, 128, 5, 'float32', True),  # tiles that are seen whole, of one document
         (3, 1, 3000, 4, 64, 32, 8, 'bfloat16', False),  # one new token a row
         (2, 70, 1100, 4, 64, 32, 8, 'float8_e4m3fn', True),
         (2, 8, 2048, 2, 128, 128, 1, 'float32', True),  # its own block alone
@@ -136,15 +137,27 @@ def test_nan_in_keys_that_are_not_seen_never_reaches_the_ids():
   np.testing.assert_array_equal(ids(others)[:, :-5], ids(index_k)[:, :-5])
 
 
-def test_tiles_that_no_query_sees_are_skipped():
+def test_tiles_of_keys_are_skipped_where_no_query_sees_them_and_masked_unless_all_see_them():
   key_segments = np.repeat(np.arange(1, 9), 512).astype(np.int32)[None]  # two documents a tile of keys
   slot = jnp.asarray([[[700, 900, 1500, 1600], [3000, -1, 2100, -1], [-1, -1, -1, -1]]], jnp.int32).reshape(1, 1, 12)
   segment = jnp.take_along_axis(jnp.asarray(key_segments)[:, None], jnp.maximum(slot, 0), axis=2)
   spans = jax.jit(index_tpu._spans, static_argnums=(3, 4))
-  first, last = spans(slot, segment, jnp.asarray(key_segments).reshape(1, -1, 128), 4, 4)
-  assert last.tolist() == [[1, 2, -1]] and first[0, :2].tolist() == [0, 2]
-  first, last = spans(slot, None, None, 4, 4)
+  by_lanes = lambda segments: jnp.asarray(segments).reshape(1, -1, 128)
+  first, last, _, last_whole = spans(slot, segment, by_lanes(key_segments), 4, 4)
+  assert last.tolist() == [[1, 2, -1]] and first[0, :2].tolist() == [0, 2] and last_whole.tolist() == [[-1] * 3]
+  first, last, first_whole, last_whole = spans(slot, None, None, 4, 4)
   assert (first.tolist(), last.tolist()) == ([[0, 0, 0]], [[1, 2, -1]])
+  assert (first_whole.tolist(), last_whole.tolist()) == ([[0, 0, 0]], [[-1, 1, -1]])
+
+  def whole(query_segments, key_segments, slots=(4095, -1, 4093, 4092)):
+    rows = lambda x: jnp.asarray(x, jnp.int32).reshape(1, 1, 4)
+    _, _, first, last = spans(rows(slots), rows(query_segments), by_lanes(np.repeat(key_segments, 512)), 4, 4)
+    return (first[0, 0], last[0, 0])
+
+  assert whole([2, 1, 2, 2], [1, 1, 1, 2, 2, 2, 2, 2]) == (2, 2)  # a tile of two documents, two of one, the last behind
+  assert whole([2, 2, 2, 2], [1, 1, 2, 2, 2, 2, 2, 2], (3071, 3071, 4000, 4000)) == (1, 2)
+  assert whole([2, 2, 1, 2], [2] * 8)[1] == -1  # queries of two documents
+  assert whole([2, 2, 2, 2], [2, 2, 1, 1, 2, 2, 1, 1])[1] == -1  # a gap: all of its tiles are masked then
 
 
 def test_selection_has_no_gradient():
