@@ -1,8 +1,8 @@
 """The divergence of MSA's index branch on accelerators, with its gradient in closed form (arXiv:2606.13392, sections
 3.2 and 4): what its kernels are given, and what is made of what they give.
 
-Over the tiles that `sparse_pairs` cuts of a chunk's pairs (query, block), as attention's are cut, two sweeps, on TPU the
-second alone, as its index pass leaves the logsumexps (`index_tpu`):
+Two sweeps over the tiles that `sparse_pairs` cuts of a chunk's pairs (query, block), as attention's are cut; on TPU the
+second alone, as the index pass there leaves what the first is for (`index_tpu`):
 
   stats    index scores; the greatest of each query in a tile and the sum of exponentials above it, from which XLA makes
            the logsumexp over the query's blocks.
@@ -12,8 +12,8 @@ second alone, as its index pass leaves the logsumexps (`index_tpu`):
            a page.
 
 Value and gradient come from one sweep, so that the attention's scores, which cost G times an index head's, are made
-once. The index branch's gradients, [B, T, K + 1, Di] in its dtype, are held until the backward pass. They are
-`kept`: with a policy of rematerialisation that keeps nothing the sweeps run again.
+once. The index branch's gradients, [B, T, K + 1, Di] in its dtype, are held until the backward pass, by the policy of
+rematerialisation too that keeps what kernels return (`chunks.kept`); others run the sweeps again.
 
 What XLA makes of the tiles' results is so on GPUs (`in_tiles`); on TPU it is added up in VMEM (`divergence_tpu`).
 
