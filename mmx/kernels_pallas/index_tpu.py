@@ -4,7 +4,7 @@
   largest  k rounds of maximum over a query row's blocks: TPU kernels have no sort, and XLA's would sort all blocks.
   chosen   in training, the logsumexp over the chosen blocks' tokens, of each block's, which `pooled` then makes too: the
            student's, as the paper has it (section 4). While the matrix unit is busy exponentials cost little; going
-           through the chosen pairs once more would cost four times as much at 128K tokens, and as much at 500K.
+           through the chosen pairs once more would cost 3.4 times as much at 128K tokens, and as much at 450K.
 
 Both keep keys or blocks on sublanes and query rows on lanes. Then the largest of a block is an elementwise maximum of
 registers, where across lanes it would be one reduction for each row and block; the pooled scores [P, N] come out dense

@@ -485,7 +485,9 @@ def _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_B
     counts_B1c = segment_Bc[:, None] > 0
     dscores = jnp.where(counts_B1c[..., None], dscores * Di**-0.5, 0).astype(index_BcKDi.dtype)
     kl_B = jnp.sum(jnp.where(counts_B1c, kl_BKc, 0), axis=(1, 2))
-    dindex_k_BTDi = dindex_k_BTDi.at[:, :end].add(einsum('bkcs,bcki->bsi', dscores, index_BcKDi))
+    # No scatter: of all keys its indices are an empty array, at which the compiler of jax 0.11 crashes within shard_map.
+    grown_BsDi = dindex_k_BTDi[:, :end] + einsum('bkcs,bcki->bsi', dscores, index_BcKDi)
+    dindex_k_BTDi = lax.dynamic_update_slice_in_dim(dindex_k_BTDi, grown_BsDi, 0, axis=1)
     return dindex_k_BTDi, (kl_B, einsum('bkcs,bsi->bcki', dscores, index_k_BTDi[:, :end]))
 
   kl_B, dindex_q, dindex_k_BTDi = jnp.zeros(B), [], jnp.zeros((B, S, Di))
@@ -498,12 +500,11 @@ def _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_B
     kl_B += jnp.sum(kl, axis=0)
     dindex_q.append(join(dq, end - start))
   dindex_q_BTKDi = jnp.concatenate(dindex_q, axis=1).astype(index_q_BTKDi.dtype)
-  return kl_B, (q_BTHDh, k_BTKDh, dindex_q_BTKDi, dindex_k_BTDi.astype(index_k_BTDi.dtype))
+  return kl_B, kept((dindex_q_BTKDi, dindex_k_BTDi.astype(index_k_BTDi.dtype)))
 
 
-def _prefix_backward(residuals, dkl_B):
-  q_BTHDh, k_BTKDh, *dindex = residuals
-  return jnp.zeros_like(q_BTHDh), jnp.zeros_like(k_BTKDh), *(_per_row(dkl_B, a) for a in dindex), None, None
+def _prefix_backward(dindex, dkl_B):
+  return None, None, *(_per_row(dkl_B, a) for a in dindex), None, None
 
 
 msa_prefix_kl_gather.defvjp(_prefix_forward, _prefix_backward)

@@ -31,6 +31,7 @@ FORMS = {
     'lightning, TPU': lightning(lightning_tpu.lightning_pallas),
     'lightning, Hopper': lightning(lightning_gpu.lightning_hopper),
     'msa, gather': (HEADS + INDEX, lambda *a: sparse.msa_gather(*a, SEGMENTS, 64, 2)),
+    'msa, warming up': (HEADS[:2] + INDEX, lambda *a: sparse.msa_prefix_kl_gather(*a, SEGMENTS)),
     'msa, TPU': (HEADS + INDEX, lambda *a: msa_tpu.msa_pallas(*a, SEGMENTS, 64, 2)),
     'msa, Hopper': (HEADS + INDEX, lambda *a: msa_gpu.msa_hopper(*a, SEGMENTS, 64, 2)),
 }
