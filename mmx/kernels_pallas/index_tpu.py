@@ -120,25 +120,27 @@ def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, su
   B, N, Di = q_BNDi.shape
   S, n = k_BSDi.shape[1], KEYS // block
   tiles = pl.cdiv(S, KEYS)
-  spans = _spans(slot_B1N, segment_B1N, key_segments, R, tiles)
+  # Rows and tiles in one axis: scalar memory pads the last to 128, and rows of decoding have one tile each.
+  spans = jnp.stack(_spans(slot_B1N, segment_B1N, key_segments, R, tiles)).reshape(4, -1)
   seen_tiles = jnp.maximum(jnp.max(slot_B1N), 0) // KEYS + 1  # of the chunk's last query; `_largest` reads no further
   # A step that computes nothing names the tile that is there already, and nothing is copied.
-  seen = lambda b, i, j, first, last, *_: jnp.maximum(jnp.clip(j, first[b, i], last[b, i]), 0)
+  at = lambda b, i: b * (N // R) + i
+  seen = lambda b, i, j, spans: jnp.maximum(jnp.clip(j, spans[0, at(b, i)], spans[1, at(b, i)]), 0)
   rows = pl.BlockSpec((1, 1, R), lambda b, i, j, *_: (b, 0, i))
   in_specs = [
       pl.BlockSpec((1, R, Di), lambda b, i, j, *_: (b, i, 0)),
-      pl.BlockSpec((1, KEYS, Di), lambda *at: (at[0], seen(*at), 0)),
+      pl.BlockSpec((1, KEYS, Di), lambda b, *step: (b, seen(b, *step), 0)),
       rows,
   ]
   arguments = q_BNDi, k_BSDi, slot_B1N
   if key_segments is not None:
-    in_specs += [rows, pl.BlockSpec((1, KEYS // LANES, LANES), lambda *at: (at[0], seen(*at), 0))]
+    in_specs += [rows, pl.BlockSpec((1, KEYS // LANES, LANES), lambda b, *step: (b, seen(b, *step), 0))]
     arguments += segment_B1N, key_segments
   return pl.pallas_call(
       functools.partial(_pooled_kernel, block=block, sums=sums),
       out_shape=[jax.ShapeDtypeStruct((B, P, N), jnp.float32)] * (1 + sums),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=4, grid=(B, N // R, seen_tiles), in_specs=in_specs,
+          num_scalar_prefetch=1, grid=(B, N // R, seen_tiles), in_specs=in_specs,
           out_specs=[pl.BlockSpec((1, n, R), lambda b, i, j, *_: (b, j, i))] * (1 + sums),
       ),
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary')),
@@ -147,7 +149,7 @@ def _pooled(q_BNDi, k_BSDi, slot_B1N, segment_B1N, key_segments, P, R, block, su
           bytes_accessed=B * (N // R * S * Di * k_BSDi.dtype.itemsize + q_BNDi.nbytes // B + 4 * (1 + sums) * P * N),
       ),
       interpret=interpret, name='msa_index_scores',
-  )(*spans, *arguments)
+  )(spans, *arguments)
 
 
 def _spans(slot_B1N, segment_B1N, key_segments, R, tiles):
@@ -180,11 +182,11 @@ def _ends(true_Btt):
   return first_Bt, jnp.where(found, last - jnp.argmax(true_Btt[..., ::-1], axis=-1).astype(jnp.int32), -1)
 
 
-def _pooled_kernel(first_ref, last_ref, first_whole_ref, last_whole_ref, q_ref, k_ref, slot_ref, *refs, block, sums):
+def _pooled_kernel(spans_ref, q_ref, k_ref, slot_ref, *refs, block, sums):
   segments, (best_ref, *sum_refs) = refs[: -1 - sums], refs[-1 - sums :]
-  row, tile, step = (pl.program_id(axis) for axis in range(3))
-  seen = (step >= first_ref[row, tile]) & (step <= last_ref[row, tile])
-  whole = (step >= first_whole_ref[row, tile]) & (step <= last_whole_ref[row, tile])
+  step, at = pl.program_id(2), pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
+  seen = (step >= spans_ref[0, at]) & (step <= spans_ref[1, at])
+  whole = (step >= spans_ref[2, at]) & (step <= spans_ref[3, at])
 
   def masked(scores):
     visible = lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= slot_ref[0] - step * KEYS
@@ -245,14 +247,18 @@ def _largest(pooled_BPN, own_B1N, top_k, interpret):
 
 
 def _strips(own_B1N):
-  """Of LANES queries: no block is visible behind a query's own."""
-  return (jnp.max(own_B1N.reshape(len(own_B1N), -1, LANES), axis=-1) + STRIP) // STRIP
+  """Of each LANES queries, all rows': no block is visible behind a query's own."""
+  return (jnp.max(own_B1N.reshape(-1, LANES), axis=-1) + STRIP) // STRIP
+
+
+def _strips_here(strips_ref):
+  return strips_ref[pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
 
 
 def _largest_kernel(strips_ref, pooled_ref, own_ref, ids_ref, left_ref, *, top_k):
   P, own_1L = left_ref.shape[0], own_ref[0]
   block_h = lax.broadcasted_iota(jnp.int32, (STRIP, LANES), 0)
-  strips = strips_ref[pl.program_id(0), pl.program_id(1)]
+  strips = _strips_here(strips_ref)
   at = lambda i: pl.ds(pl.multiple_of(i * STRIP, STRIP), STRIP)
 
   def load(i, _):
@@ -315,7 +321,7 @@ def _chosen_kernel(strips_ref, sum_ref, ids_ref, logsumexp_ref):
     return higher, total * jnp.exp(top - higher) + jnp.where(chosen, jnp.exp(scores - higher), 0)
 
   start = jnp.full(block_h.shape, MASKED), jnp.zeros(block_h.shape)
-  top, total = lax.fori_loop(0, strips_ref[pl.program_id(0), pl.program_id(1)], strip, start)
+  top, total = lax.fori_loop(0, _strips_here(strips_ref), strip, start)
   top_1L = jnp.max(top, axis=0, keepdims=True)
   total_1L = jnp.sum(total * jnp.exp(top - top_1L), axis=0, keepdims=True)
   logsumexp_ref[0] = jnp.where(total_1L > 0, top_1L + jnp.log(jnp.where(total_1L > 0, total_1L, 1)), 0)

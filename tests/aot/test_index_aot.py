@@ -38,6 +38,10 @@ def test_decoding_against_1m_slots_copies_no_keys(compile_for_tpu, T, dtype):
   assert compile_selection(compile_for_tpu, 1, T, 2**20, 4, 128, 128, 16, False, dtype) < 2**23
 
 
+def test_decoding_of_many_rows_fits_scalar_memory(compile_for_tpu):
+  assert compile_selection(compile_for_tpu, 2048, 1, 4096, 4, 128, 128, 16, False) < 2**28
+
+
 @pytest.mark.parametrize(
     'shape',
     [
