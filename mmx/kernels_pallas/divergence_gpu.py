@@ -48,7 +48,15 @@ def selected_divergence_hopper(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, id
   stats, diverge = (functools.partial(function, interpret=interpret) for function in (_stats, _diverge))
   arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, (logsumexp_BTKG,), segment_ids_BT
   kernels = DivergenceKernels(stats, diverge, lambda G: STRIP)
-  return divergence(*arguments, block_size, functools.partial(in_tiles, kernels=kernels), part)
+  return divergence(*arguments, block_size, functools.partial(_in_wide_tiles, kernels=kernels), part)
+
+
+def _in_wide_tiles(q_BTHDh, k_BSKDh, index_q_BTKDi, index_k_BSDi, ids_BTKk, logsumexp_BTKG, slots_BT, segments, b,
+                   kernels):
+  keys, slots_BT, segments, wide = sparse_gpu.widened((k_BSKDh, index_k_BSDi), slots_BT, segments, b)
+  arguments = q_BTHDh, keys[0], index_q_BTKDi, keys[1], ids_BTKk, logsumexp_BTKG, slots_BT, segments
+  kl_B, dindex_q_BTKDi, dindex_k = in_tiles(*arguments, wide, kernels)
+  return kl_B, dindex_q_BTKDi, sparse_gpu.narrowed(dindex_k, b, index_k_BSDi.shape[1])
 
 
 def _stats(tiles, keys, index_k_pbD, index_q_MrD, who, K, scale, interpret):

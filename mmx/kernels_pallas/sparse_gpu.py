@@ -12,6 +12,9 @@ A page whose strips lie in several shares is summed in each: the first adds to w
 apart, and a small kernel adds them in order. So a page that all queries chose is shared out like any other, nothing is
 added by atomics, and equal inputs give equal bits. None of it has run on a GPU.
 
+Blocks of fewer than 64 keys, the least rows of a product, are held in 64 (`widened`): 16 keys cost the products, copies
+and gradients in memory of 64.
+
 Letters as in `sparse_pairs`; C shares, h = rows / 64 strips of a tile, s a strip, s // h its tile. A run is the strips
 of one page within a share.
 """
@@ -34,12 +37,13 @@ SHARES = 132  # multiprocessors of an H100 or H200: each has room for one block 
 STAGES = 4  # strips in shared memory: two of each warpgroup, the one at work and the next
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a product
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+BLOCKS = 16, 32, 64, 128  # keys of a block
 
 
 def unsupported(q_BTHDh, k_BSKDh, block_size, top_k) -> str:
   """'' where `attend_blocks` compiles for Hopper, else one reason. Takes anything with shape and dtype."""
-  if block_size not in (64, 128):
-    return f'block_size {block_size}; 64 and 128 are supported'
+  if block_size not in BLOCKS:
+    return f'block_size {block_size}; {", ".join(map(str, BLOCKS))} are supported'
   if q_BTHDh.dtype != jnp.bfloat16:
     return f'dtype {q_BTHDh.dtype}; bfloat16 is supported'
   if q_BTHDh.shape[3] > 128:
@@ -54,8 +58,34 @@ def attend_blocks(q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments, block
   """
   both = (functools.partial(function, interpret=interpret) for function in (forward, _backward))
   kernels = sparse_pairs.TileKernels(*both, TILE_ROWS, STRIP)
+  (k_BSKDh, v_BSKDh), slots_BT, segments, block_size = widened((k_BSKDh, v_BSKDh), slots_BT, segments, block_size)
   inputs = q_BTHDh, k_BSKDh, v_BSKDh, ids_BTKk, slots_BT, segments
   return sparse_pairs.attend_in_tiles(*inputs, block_size, kernels)
+
+
+def widened(keys, slots_BT, segments, b):
+  """(keys, slots, segments, block size) of the same blocks, none of fewer than 64 slots: zeros of segment -1 behind those
+  of each; numbers of blocks stay. `keys`: arrays [B, S, ...]; slots and segments as `attend_in_tiles` takes them.
+  """
+  if b >= STRIP:
+    return keys, slots_BT, segments, b
+  B, S = keys[0].shape[:2]
+  query_segments, key_segments = segments or (jnp.zeros(slots_BT.shape, jnp.int32), jnp.zeros((B, S), jnp.int32))
+
+  def wide(x_BS, fill):
+    x_pbX = jnp.pad(sparse_pairs.in_blocks(x_BS, b), ((0, 0), (0, STRIP - b), (0, 0)), constant_values=fill)
+    return x_pbX.reshape(B, -1, *x_BS.shape[2:])
+
+  slots_BT = jnp.where(slots_BT < 0, -1, slots_BT // b * STRIP + slots_BT % b)
+  return [wide(x, 0) for x in keys], slots_BT, (query_segments, wide(key_segments, -1)), STRIP
+
+
+def narrowed(x_BS, b, S):
+  """[B, P*64, ...] of what `widened` blocks of b -> [B, S, ...]."""
+  if b >= STRIP:
+    return x_BS
+  B, _, *rest = x_BS.shape
+  return x_BS.reshape(B, -1, STRIP, *rest)[:, :, :b].reshape(B, -1, *rest)[:, :S]
 
 
 def forward(tiles, keys, q_MrD, who, K, scale, interpret):

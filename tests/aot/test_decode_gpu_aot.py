@@ -34,7 +34,7 @@ def test_a_step_writes_its_keys_copies_no_cache_and_spills_nothing(compile_for_h
   assert compiled.memory_analysis().temp_size_in_bytes < 8 * MIB
 
 
-@pytest.mark.parametrize('Dh, block', [(64, 64), (64, 128), (128, 64)])
+@pytest.mark.parametrize('Dh, block', [(64, 64), (64, 128), (128, 64), (64, 16), (128, 32)])
 def test_odd_shapes_compile(compile_for_hopper, assembled, Dh, block):
   cache, ids = array(2, 3, 512, Dh), tokens(2, 5, 3, 4)
   compile_for_hopper(lambda *a: decode_gpu.attend_chosen(*a, block), array(2, 5, 9, Dh), cache, cache, ids, tokens(2, 5))

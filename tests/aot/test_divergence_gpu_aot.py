@@ -43,7 +43,7 @@ def test_gradient_of_32768_tokens_holds_rows_of_one_chunk_and_index_keys_of_each
   assert compiled.memory_analysis().temp_size_in_bytes < CHUNK_BYTES + held
 
 
-@pytest.mark.parametrize('heads, kv_heads, b', [(6, 1, 64), (3, 3, 128)])
+@pytest.mark.parametrize('heads, kv_heads, b', [(6, 1, 64), (3, 3, 128), (16, 1, 16)])
 def test_other_groups_compile(compile_for_hopper, assembled, heads, kv_heads, b):
   compile_gradients(compile_for_hopper, 2048, heads, kv_heads, b)
   looked_at(assembled)

@@ -1,5 +1,7 @@
 """Attention over selected blocks on Hopper cards that are not here, at 64 heads, 4 of keys, 16 blocks of 128."""
 
+import functools
+
 import jax
 import pytest
 from test_sparse_aot import BLOCK, DH, K, inputs
@@ -15,8 +17,8 @@ def forward(*inputs):
   return attend_blocks(*inputs, BLOCK)[0]
 
 
-def gradients(q, k, v, *rest):
-  return jax.grad(lambda *a: forward(*a, *rest).astype('float32').sum(), (0, 1, 2))(q, k, v)
+def gradients(q, k, v, *rest, block=BLOCK):
+  return jax.grad(lambda *a: attend_blocks(*a, *rest, block)[0].astype('float32').sum(), (0, 1, 2))(q, k, v)
 
 
 @pytest.fixture
@@ -45,3 +47,10 @@ def test_gradient_of_32768_tokens_adds_rows_of_one_chunk_and_keys_in_float32(tem
   T = 32768
   copies, parts = 2 * T * K * DH * (2 + 4 + 4), 2 * SHARES * BLOCK * DH * 4
   assert temporaries(gradients, T, products=2) < 2 * CHUNK_BYTES + copies + parts
+
+
+@pytest.mark.parametrize('block', [16, 32, 64])
+def test_smaller_blocks_hold_as_much_but_keys_in_64_slots_a_block(temporaries, block):
+  T, wide = 8192, 64 // block
+  copies, parts = 2 * wide * T * K * DH * (2 + 4 + 4), 2 * SHARES * 64 * DH * 4
+  assert temporaries(functools.partial(gradients, block=block), T, products=2) < 2 * CHUNK_BYTES + copies + parts

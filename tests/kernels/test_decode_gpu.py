@@ -15,6 +15,8 @@ SHAPES = {  # lengths, T, H, K, Dh, block, k; processors
     'a group of 16, more k than blocks, a part for each block': (((150,), 1, 16, 1, 128, 64, 5), 132),
     'a few tokens, padding in front, in parts of two blocks': (((300, 2), 3, 3, 1, 64, 64, 3), 12),
     'more queries than processors, its own block alone': (((200,), 2, 20, 2, 64, 128, 1), 2),
+    'small blocks, two times four and one more, a part for each': (((300, 20), 1, 4, 1, 64, 16, 9), 132),
+    'small blocks, three times two in one part': (((90, 200), 2, 2, 1, 64, 32, 6), 1),
 }
 
 
@@ -28,12 +30,13 @@ def test_a_query_attends_to_what_it_chose_and_sees(shape, processors, monkeypatc
   np.testing.assert_allclose(found.astype(jnp.float32), slow_attention(*arguments, block), rtol=0.02, atol=0.01)
 
 
-def test_pages_in_any_order_equal_a_cache_of_each_row_and_nothing_races(monkeypatch, races):
+@pytest.mark.parametrize('block', [64, 16])
+def test_pages_in_any_order_equal_a_cache_of_each_row_and_nothing_races(block, monkeypatch, races):
   """Two rows with one beginning in the same page, behind it their own, all shuffled among NaN."""
-  monkeypatch.setattr(decode_gpu, 'MULTIPROCESSORS', 1)  # all three blocks of a query pass through the same memory
+  monkeypatch.setattr(decode_gpu, 'MULTIPROCESSORS', 1)  # all blocks of a query pass through the same memory
   monkeypatch.setattr(decode_gpu, 'STAGES', 2)
-  block, K, Dh = 64, 1, 64
-  q, k, v, ids, slots = inputs((150, 130), 1, 2, K, Dh, block, 3, jnp.bfloat16)
+  K, Dh = 1, 64
+  q, k, v, ids, slots = inputs((150, 130), 1, 2, K, Dh, block, 3 * 64 // block, jnp.bfloat16)
   k, v = k.at[1, :, :block].set(k[0, :, :block]), v.at[1, :, :block].set(v[0, :, :block])
   P = k.shape[2] // block
   pages = np.random.default_rng(1).permutation(3 * P)[: 2 * P].reshape(2, P)
@@ -52,7 +55,7 @@ def test_pages_in_any_order_equal_a_cache_of_each_row_and_nothing_races(monkeypa
 
 
 @pytest.mark.parametrize('change, word', [
-    (dict(H=7), 'kv heads'), (dict(b=32), 'block_size'), (dict(dtype=jnp.float32), 'float32'), (dict(Dh=96), 'head dim'),
+    (dict(H=7), 'kv heads'), (dict(b=48), 'block_size'), (dict(dtype=jnp.float32), 'float32'), (dict(Dh=96), 'head dim'),
     (dict(S=100), '100 slots'), (dict(), ''),
 ], ids=str)
 def test_what_does_not_compile_is_named(change, word):

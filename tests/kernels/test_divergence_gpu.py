@@ -24,6 +24,7 @@ watched = functools.partial(simulated, detect_races=True)
 
 @pytest.mark.parametrize('shares, elements, shape', [
     (3, 2**20, dict(B=1, T=100, H=16, K=1, Dh=128, Di=64, b=64, k=2)),  # pages that lie in two and in three shares
+    (2, 2**20, dict(B=2, T=77, H=4, K=1, Dh=64, Di=64, b=16, k=3)),  # held in 64
     # Two chunks, two heads of keys, three queries' heads where eight have room; 25 s.
     pytest.param(1, 2**16, dict(B=1, T=130, H=6, K=2, b=128, k=2, padded=0), marks=pytest.mark.slow),
 ], ids=str)

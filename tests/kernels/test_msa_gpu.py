@@ -68,7 +68,7 @@ def test_against_a_cache_as_the_xla_form_does(monkeypatch):
   assert np.asarray(found[0], np.float32).any() and not np.asarray(found[1], np.float32).any()
 
 
-@pytest.mark.parametrize('block, Di, word', [(32, 64, 'block_size'), (64, 48, 'index dim'), (64, 64, '')])
+@pytest.mark.parametrize('block, Di, word', [(8, 64, 'block_size'), (64, 48, 'index dim'), (64, 64, '')])
 def test_what_either_kernel_cannot_serve_is_said_in_one_line(block, Di, word):
   array = lambda *shape: jax.ShapeDtypeStruct((1, 128, *shape), jnp.bfloat16)
   reason = unsupported(array(4, 64), array(2, 64), array(2, Di), array(Di), block, 2)
