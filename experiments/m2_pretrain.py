@@ -83,8 +83,11 @@ def get_config(scale):
         'train.histogram_every': 500, 'train.checkpoint_every': 500, 'eval.every': 2000, 'eval.batches': 4,
     }
   if scale == 'h200_32':
-    # 'auto' takes no kernels of one generation of GPUs; its own form would take ten times as long. Memory is short.
-    recipe |= {'model.moe.implementation': 'hopper', 'train.loss_chunk': 16384}
+    # 'auto' takes no kernels of one generation of GPUs. Its own form of experts would take ten times as long; of attention
+    # cuDNN serves whole rows only, by a bias of [T, T] for their documents. Memory is short.
+    recipe |= {
+        'model.moe.implementation': 'hopper', 'model.attention.implementation': 'hopper', 'train.loss_chunk': 16384,
+    }
   return stage(config.override(base, recipe), LAYOUTS[scale], '8k')
 
 

@@ -169,17 +169,20 @@ def documents(tokens, count):
 
 
 def dense_prompt(o: Options, shape: Shape) -> list[Side]:
-  """The best dense kernel of the platform over a whole prompt of one document.
+  """The dense kernels of the platform that may be its best, over a whole prompt of one document.
 
-  On GPU without the mask that tells documents apart, as it would cost cuDNN time and N*N bytes.
+  cuDNN without the mask that tells documents apart, as it would cost time and N*N bytes.
   """
   work = attention_work(o, shape)
+
+  def named(name):
+    choice = {'implementation': name, 'platform': o.platform}
+    return Side(name, lambda a: api.attend(a['q'], a['k'], a['v'], a['segments'], **choice), *work)
+
   if o.platform == 'gpu' and o.dtype == jnp.bfloat16:
     cudnn = lambda a: jax.nn.dot_product_attention(a['q'], a['k'], a['v'], is_causal=True, implementation='cudnn')
-    return [Side('cudnn without segments', cudnn, *work)]
-  name = 'splash' if o.platform == 'tpu' and o.heads[2] % 128 == 0 else 'chunked'
-  choice = {'implementation': name, 'platform': o.platform}
-  return [Side(name, lambda a: api.attend(a['q'], a['k'], a['v'], a['segments'], **choice), *work)]
+    return [Side('cudnn without segments', cudnn, *work), named('hopper')]
+  return [named('splash' if o.platform == 'tpu' and o.heads[2] % 128 == 0 else 'chunked')]
 
 
 def prompt(o: Options, shape: Shape, count: int):

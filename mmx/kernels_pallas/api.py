@@ -33,9 +33,10 @@ def _hopper(what, platform, refusal):
 
   Mosaic GPU takes a while to import: only where it is asked for.
   """
-  from mmx.kernels_pallas import grouped_gpu, lightning_gpu, msa_gpu
+  from mmx.kernels_pallas import attention_gpu, grouped_gpu, lightning_gpu, msa_gpu
 
-  module = {'experts': grouped_gpu, 'lightning': lightning_gpu}.get(what, msa_gpu)
+  modules = {'attention': attention_gpu, 'experts': grouped_gpu, 'lightning': lightning_gpu}
+  module = modules.get(what, msa_gpu)
   if reason := refusal(module) if platform == 'gpu' else f'not for {platform}':
     raise UnsupportedError(f"{what} implementation 'hopper' cannot be used here: {reason}")
   return module
@@ -81,9 +82,13 @@ def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platfor
   table = [
       ('splash', ('tpu',), lanes),
       ('cudnn', ('gpu',), _whole(part) or half or narrow),
+      ('hopper', (), ''),
       ('chunked', everywhere, ''),
       ('reference', everywhere, _whole(part)),
   ]
+  if implementation == 'hopper':
+    kernels = _hopper('attention', platform, lambda gpu: gpu.unsupported(q_BTHDh, k_BTKDh))
+    return kernels.attention_hopper(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh, part)
   name = _choose('attention', table, implementation, platform)
   if name == 'splash':
     return _attention.attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh, part)

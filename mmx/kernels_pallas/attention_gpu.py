@@ -1,0 +1,411 @@
+"""Attention to one stretch of keys on Hopper: causal within documents, within a window, of queries of a part of a row.
+
+What a query sees of packed documents is one stretch of slots, from where its document or its window begins to its own
+(`sight`). cuDNN would be told by a bias of [T, S], 2 GiB a row at 32,768 tokens, and has no form for a part of a row.
+Here two numbers a query say it, and of each tile XLA works out which tiles it meets: others are neither copied nor
+multiplied, and those that it sees whole not masked.
+
+Three kernels, as in FlashAttention-3 (arXiv:2407.08608): one warpgroup copies in bulk, two multiply. Forward, and for the
+gradient of queries, each of the two has 64 queries of one head and keys stream by; for the gradients of keys and values
+each has 64 keys of one kv head, and the queries of all its heads stream by, with scores as [keys, queries]. So nothing
+is added by atomics and equal inputs give equal bits; scores are made twice in the backward pass, seven products for
+five. None of it has run on a GPU.
+
+Letters: B rows, n runs of queries in each, R = B*n, T queries of a run, S key slots, H query heads, K kv heads, G = H/K,
+Dh head dim, t tiles of queries, s tiles of keys.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mmx.kernels_pallas import hopper
+from mmx.kernels_pallas.chunks import kept, places
+from mmx.kernels_pallas.shards import on_shards
+
+ROWS = 64  # of a warpgroup's product
+TILE = 128  # queries or keys that stay: two warpgroups' rows
+KEYS = 128  # that stream by forward, at once
+FEW = 64  # that stream by backward, where a warpgroup has two products at work beside its sums
+STAGES = 2  # tiles in shared memory: one at work and the next
+MEMORY = 2  # the warpgroup that copies; 0 and 1 compute
+WGMMA = plgpu.Layout.WGMMA
+BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+BITS = math.log2(math.e)  # exponentials are of base 2, as the card's: a product with this less for each score
+
+
+def unsupported(q_BTHDh, k_BSKDh) -> str:
+  """'' where the kernels compile for Hopper, else one reason. Takes anything with shape and dtype."""
+  H, Dh = q_BTHDh.shape[2:]
+  if H % k_BSKDh.shape[2]:
+    return f'{H} query heads are no multiple of {k_BSKDh.shape[2]} kv heads'
+  if q_BTHDh.dtype != jnp.bfloat16 or k_BSKDh.dtype != jnp.bfloat16:
+    return f'dtypes {q_BTHDh.dtype} and {k_BSKDh.dtype}; bfloat16 is supported'
+  return '' if Dh in (64, 128) else f'head dim {Dh}; 64 and 128 are supported'
+
+
+def attention_hopper(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT, mesh=None, part=None, interpret=False):
+  """`reference.attention` where each document stands in one piece: [B, T, H, Dh] of q's dtype.
+
+  Args:
+    mesh: of whole rows, over whose devices rows and heads are split.
+    part: see `chunks.Part`; within a shard_map.
+    interpret: False for the card, `hopper.simulator()` for tests.
+  """
+  def shard(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT):
+    slots_BT, (_, key_segments_BS) = places(segment_ids_BT, part)
+    in_order = part is None or bool(np.all(np.diff(part.slots_nT) == 1))
+    return _attend(q_BTHDh, k_BSKDh, v_BSKDh, *sight(key_segments_BS, slots_BT), 1 if in_order else 2, interpret)
+
+  return on_shards(shard, mesh if part is None else None, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT)
+
+
+def sliding_hopper(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None, start=None, interpret=False):
+  """`reference.sliding` without sink tokens and past keys.
+
+  With `start`, within a shard_map, queries are those at the slots from there on; else `mesh` as in `attention_hopper`.
+  """
+  def shard(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS):
+    slots_T = jnp.arange(q_BTHDh.shape[1], dtype=jnp.int32) + (0 if start is None else start)
+    slots_BT = jnp.broadcast_to(slots_T, q_BTHDh.shape[:2])
+    return _attend(q_BTHDh, k_BSKDh, v_BSKDh, *sight(segment_ids_BS, slots_BT, window), 1, interpret)
+
+  return on_shards(shard, mesh if start is None else None, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS)
+
+
+def sight(key_segments_BS, slots_BT, window=None):
+  """First and last slot that each query sees, int32 [B, T] twice: its document's up to its own, `window` at most."""
+  slots_BS = jnp.broadcast_to(jnp.arange(key_segments_BS.shape[1], dtype=jnp.int32), key_segments_BS.shape)
+  begins_BS = key_segments_BS[:, 1:] != key_segments_BS[:, :-1]
+  begin_BS = lax.cummax(jnp.where(jnp.pad(begins_BS, ((0, 0), (1, 0)), constant_values=True), slots_BS, 0), axis=1)
+  first_BT = jnp.take_along_axis(begin_BS, slots_BT, axis=1)
+  return first_BT if window is None else jnp.maximum(first_BT, slots_BT - (window - 1)), slots_BT
+
+
+def _attend(q_BTHDh, k_BSKDh, v_BSKDh, first_BT, last_BT, n, interpret):
+  """Each query on the keys first..last, both ascending along each of the n runs that T is cut into."""
+  B, T, H, Dh = q_BTHDh.shape
+  whole = lambda x, **how: jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE)) + ((0, 0),) * (x.ndim - 2), **how)
+  runs = lambda x: x.reshape(B * n, T // n, *x.shape[2:])
+  # Queries that are not there see what the last one sees: their rows are zeros, and their gradients.
+  sights_R2T = jnp.stack([whole(runs(x), mode='edge') for x in (first_BT, last_BT)], axis=1)
+  out_RTHDh = _attend_whole(whole(runs(q_BTHDh)), whole(k_BSKDh), whole(v_BSKDh), sights_R2T, interpret)
+  return out_RTHDh[:, : T // n].reshape(B, T, H, Dh)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_whole(q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, interpret):
+  """T and S are multiples of TILE; int32 sights: first, last."""
+  return _forward(q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, interpret)[0]
+
+
+def _forward(q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, interpret):
+  (R, T, H, Dh), dtype = q_RTHDh.shape, q_RTHDh.dtype
+  tile = functools.partial(_tile, dtype, Dh)
+  out_RTX, bits_RHT = _launch(
+      _forward_kernel, 'attend', (R, H, T // TILE), q_RTHDh, k_BSKDh, interpret,
+      out_type=[jax.ShapeDtypeStruct((R, T, H * Dh), dtype), jax.ShapeDtypeStruct((R, H, T), jnp.float32)],
+      scratch=dict(
+          q_s=tile(2, ROWS), k_s=tile(STAGES, KEYS), v_s=tile(STAGES, KEYS), bits_s=plgpu.SMEM((2, ROWS), jnp.float32),
+          asked=plgpu.Barrier(num_barriers=2), full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+          free=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES), turn=plgpu.Barrier(num_barriers=2),
+      ),
+  )(_met_keys(sights_R2T, KEYS), sights_R2T, *map(_heads_together, (q_RTHDh, k_BSKDh, v_BSKDh)))
+  out_RTHDh, bits_RHT = kept((out_RTX.reshape(q_RTHDh.shape), bits_RHT))
+  return out_RTHDh, (q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, out_RTHDh, bits_RHT)
+
+
+def _backward(interpret, residuals, dout_RTHDh):
+  q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, out_RTHDh, bits_RHT = residuals
+  (R, T, H, Dh), (B, S, K, _), dtype = q_RTHDh.shape, k_BSKDh.shape, q_RTHDh.dtype
+  delta_RTH = jnp.sum(out_RTHDh.astype(jnp.float32) * dout_RTHDh.astype(jnp.float32), axis=-1)
+  stats_RH2T = jnp.stack([bits_RHT, delta_RTH.swapaxes(1, 2)], axis=2)
+  dout_RTHDh = dout_RTHDh.astype(dtype)
+  arrays = *map(_heads_together, (q_RTHDh, dout_RTHDh, k_BSKDh, v_BSKDh)), stats_RH2T
+  tile = functools.partial(_tile, dtype, Dh)
+  numbers = lambda dtype: plgpu.SMEM((STAGES, 2, FEW), dtype)
+  barriers = lambda arrivals: dict(
+      full=plgpu.Barrier(num_arrivals=arrivals, num_barriers=STAGES),
+      free=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+  )
+  launch = functools.partial(_launch, q_RTHDh=q_RTHDh, k_BSKDh=k_BSKDh, interpret=interpret)
+  dq_RTX = launch(
+      _queries_kernel, 'attend_dq', (R, H, T // TILE),
+      out_type=jax.ShapeDtypeStruct((R, T, H * Dh), dtype),
+      scratch=dict(
+          q_s=tile(2, ROWS), dout_s=tile(2, ROWS), k_s=tile(STAGES, FEW), v_s=tile(STAGES, FEW),
+          asked=plgpu.Barrier(num_arrivals=2, num_barriers=2), **barriers(2),
+      ),
+  )(_met_keys(sights_R2T, FEW), sights_R2T, *arrays)
+  dk_BSX, dv_BSX = launch(
+      _keys_kernel, 'attend_dkv', (B, K, S // TILE),
+      out_type=[jax.ShapeDtypeStruct((B, S, K * Dh), dtype)] * 2,
+      scratch=dict(
+          k_s=tile(2, ROWS), v_s=tile(2, ROWS), q_s=tile(STAGES, FEW), dout_s=tile(STAGES, FEW),
+          sights_s=numbers(jnp.int32), stats_s=numbers(jnp.float32),
+          asked=plgpu.Barrier(num_arrivals=2, num_barriers=2), **barriers(4),
+      ),
+  )(_met_queries(sights_R2T, B, S), sights_R2T, *arrays)
+  return dq_RTX.reshape(q_RTHDh.shape), dk_BSX.reshape(k_BSKDh.shape), dv_BSX.reshape(k_BSKDh.shape), None
+
+
+_attend_whole.defvjp(_forward, _backward)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# which tiles meet
+
+
+def _met_keys(sights_R2T, keys):
+  """Of each tile of queries: its first tile of `keys` keys and the end, and the same of those that all of it sees whole.
+
+  int32 [R, t, 4].
+  """
+  low_R2t, high_R2t = (x.reshape(*x.shape[:2], -1, TILE)[..., at] for x, at in ((sights_R2T, 0), (sights_R2T, -1)))
+  begin, end = low_R2t[:, 0] // keys, high_R2t[:, 1] // keys + 1
+  whole, whole_end = -(-high_R2t[:, 0] // keys), (low_R2t[:, 1] + 1) // keys
+  return jnp.stack([begin, end, whole, whole_end], axis=-1)
+
+
+def _met_queries(sights_R2T, B, S):
+  """Of each tile of keys and run of queries: the first tile of FEW queries that sees any of it, and the end.
+
+  int32 [B, s, n, 2].
+  """
+  low_Bn2t, high_Bn2t = (sights_R2T.reshape(B, -1, 2, sights_R2T.shape[2] // FEW, FEW)[..., at] for at in (0, -1))
+  key_1s11 = jnp.arange(0, S, TILE, dtype=jnp.int32)[None, :, None, None]
+  below = lambda tiles_Bnt, bound_1s11: jnp.sum(tiles_Bnt[:, None] < bound_1s11, axis=-1, dtype=jnp.int32)  # they ascend
+  begin, end = below(high_Bn2t[:, :, 1], key_1s11), below(low_Bn2t[:, :, 0], key_1s11 + TILE)
+  return jnp.stack([begin, jnp.maximum(begin, end)], axis=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# kernels: _g global memory, _s shared memory
+
+
+def _launch(kernel, name, grid, q_RTHDh, k_BSKDh, interpret, out_type, scratch):
+  (R, _, H, Dh), (B, _, K, _) = q_RTHDh.shape, k_BSKDh.shape
+  return plgpu.kernel(
+      functools.partial(kernel, n=R // B, G=H // K, scale=Dh**-0.5, interpret=interpret), out_type=out_type,
+      # The last runs fastest, and is the one that may exceed 65535.
+      grid=grid, grid_names=('row', 'head', 'tile'), num_threads=3, thread_name='group', scratch_types=scratch,
+      compiler_params=hopper.parameters(approx_math=True), kernel_name=name, interpret=interpret,
+  )
+
+
+def _tile(dtype, Dh, *shape):
+  return plgpu.SMEM((*shape, Dh), dtype, transforms=hopper.tiled(dtype))
+
+
+def _heads_together(x_BTHDh):
+  return x_BTHDh.reshape(*x_BTHDh.shape[:2], -1)
+
+
+def _stream(pairs, tile_of, steps, full, free):
+  """Copies in bulk, step by step as room is made: each (source, its memory) of `pairs` where tile_of(step) says."""
+  @pl.loop(0, steps)
+  def _(step):
+    stage = lax.rem(step, STAGES)
+    pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
+    for (source, memory), at in zip(pairs, tile_of(step)):
+      plgpu.copy_gmem_to_smem(source.at[at], memory.at[stage], full.at[stage])
+
+  # Every arrival is waited for: the simulator takes a barrier that is left in between for a mistake.
+  pl.loop(jnp.maximum(steps - STAGES, 0), steps)(lambda step: plgpu.barrier_wait(free.at[lax.rem(step, STAGES)]))
+
+
+def _spread(x, shape, axis):
+  return lax.broadcast_in_dim(x, shape, (axis,))
+
+
+def _seen(scores, first_key, sight, axis, interpret):
+  """Scores of keys from `first_key` on, along the other axis than the queries' `axis`; what is not seen is -inf."""
+  first, last = (_spread(x - first_key, scores.shape, axis) for x in sight)
+  key = hopper.iota(scores.shape, 1 - axis, WGMMA, interpret)
+  return jnp.where((first <= key) & (key <= last), scores, -jnp.inf)
+
+
+def _forward_kernel(met_g, sights_g, q_g, k_g, v_g, out_g, bits_g, *, q_s, k_s, v_s, bits_s, asked, full, free,
+                    turn, n, G, scale, interpret):
+  row, head, tile, group = (lax.axis_index(name) for name in ('row', 'head', 'tile', 'group'))
+  tile = met_g.shape[1] - 1 - tile  # the last have the most to do
+  begin, end, whole, whole_end = (met_g[row, tile, i] for i in range(4))
+  last, Dh = end - begin - 1, q_s.shape[2]
+
+  @pl.when(group == MEMORY)
+  def _():
+    plgpu.set_max_registers(24, action='decrease')
+    keys = lambda step: (lax.div(row, n), pl.ds((begin + step) * KEYS, KEYS), pl.ds(lax.div(head, G) * Dh, Dh))
+    _stream([(k_g, k_s), (v_g, v_s)], lambda step: [keys(step)] * 2, end - begin, full, free)
+
+  @pl.when(group < MEMORY)
+  def _():
+    plgpu.set_max_registers(240, action='increase')
+    rows, columns, mine = pl.ds(tile * TILE + group * ROWS, ROWS), pl.ds(head * Dh, Dh), q_s.at[group]
+    plgpu.copy_gmem_to_smem(q_g.at[row, rows, columns], mine, asked.at[group])
+    sight = [hopper.read(sights_g.at[row, i, rows], BY_ROW, interpret) for i in range(2)]
+    plgpu.barrier_wait(asked.at[group])
+
+    def scores_of(step):
+      plgpu.barrier_wait(full.at[lax.rem(step, STAGES)])
+      return hopper.product(mine, k_s.at[lax.rem(step, STAGES)], interpret, transpose_b=True)
+
+    def weigh(step, scores, top, total, out):
+      keys = begin + step
+      mask = lambda: _seen(scores, keys * KEYS, sight, 0, interpret)
+      scores = lax.cond((whole <= keys) & (keys < whole_end), lambda: scores, mask)
+      higher = jnp.maximum(top, jnp.max(scores, axis=1) * (scale * BITS))
+      weights = jnp.exp2(scores * (scale * BITS) - _spread(higher, scores.shape, 0))
+      keep = jnp.exp2(top - higher)
+      return weights.astype(v_s.dtype), higher, total * keep + jnp.sum(weights, axis=1), out * _spread(keep, out.shape, 0)
+
+    def add(step, weights, out):
+      out = hopper.product(weights, v_s.at[lax.rem(step, STAGES)], interpret, start=out)
+      plgpu.barrier_arrive(free.at[lax.rem(step, STAGES)])
+      return out
+
+    def one_tile(step, carry):
+      weights, top, total, out = weigh(step, *carry)
+      plgpu.barrier_wait(turn.at[group])
+      out = add(step, weights, out)
+      scores = scores_of(step + 1)
+      plgpu.barrier_arrive(turn.at[1 - group])
+      return scores, top, total, out
+
+    numbers = lambda value: hopper.cast(jnp.full((ROWS,), value, jnp.float32), BY_ROW, interpret)
+    lowest = numbers(-1e30)  # less than all scores, and a number: what is not seen by it weighs 0
+    out = hopper.cast(jnp.zeros((ROWS, Dh), jnp.float32), WGMMA, interpret)
+    pl.when(group == 1)(lambda: plgpu.barrier_wait(turn.at[1]))
+    scores = scores_of(0)
+    plgpu.barrier_arrive(turn.at[1 - group])
+    carry = lax.fori_loop(0, last, one_tile, (scores, lowest, numbers(0), out))
+    weights, top, total, out = weigh(last, *carry)
+    plgpu.barrier_wait(turn.at[group])
+    out = add(last, weights, out)
+    pl.when(group == 0)(lambda: plgpu.barrier_arrive(turn.at[1]))
+    mine[...] = (out / _spread(total, out.shape, 0)).astype(mine.dtype)
+    bits_s[group] = top + jnp.log(total) * BITS
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(mine, out_g.at[row, rows, columns])
+    plgpu.copy_smem_to_gmem(bits_s.at[group], bits_g.at[row, head, rows])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _queries_kernel(met_g, sights_g, q_g, dout_g, k_g, v_g, stats_g, dq_g, *, q_s, dout_s, k_s, v_s, asked, full, free,
+                    n, G, scale, interpret):
+  row, head, tile, group = (lax.axis_index(name) for name in ('row', 'head', 'tile', 'group'))
+  tile = met_g.shape[1] - 1 - tile
+  begin, end, whole, whole_end = (met_g[row, tile, i] for i in range(4))
+  Dh = q_s.shape[2]
+
+  @pl.when(group == MEMORY)
+  def _():
+    plgpu.set_max_registers(24, action='decrease')
+    keys = lambda step: (lax.div(row, n), pl.ds((begin + step) * FEW, FEW), pl.ds(lax.div(head, G) * Dh, Dh))
+    _stream([(k_g, k_s), (v_g, v_s)], lambda step: [keys(step)] * 2, end - begin, full, free)
+
+  @pl.when(group < MEMORY)
+  def _():
+    plgpu.set_max_registers(240, action='increase')
+    rows, columns = pl.ds(tile * TILE + group * ROWS, ROWS), pl.ds(head * Dh, Dh)
+    for source, memory in (q_g, q_s), (dout_g, dout_s):
+      plgpu.copy_gmem_to_smem(source.at[row, rows, columns], memory.at[group], asked.at[group])
+    sight = [hopper.read(sights_g.at[row, i, rows], BY_ROW, interpret) for i in range(2)]
+    bits, delta = (hopper.read(stats_g.at[row, head, i, rows], BY_ROW, interpret) for i in range(2))
+    plgpu.barrier_wait(asked.at[group])
+    shape = ROWS, FEW
+
+    def one_tile(step, dq):
+      stage, keys = lax.rem(step, STAGES), begin + step
+      plgpu.barrier_wait(full.at[stage])
+      scores = hopper.product(q_s.at[group], k_s.at[stage], interpret, transpose_b=True)
+      mask = lambda: _seen(scores, keys * FEW, sight, 0, interpret)
+      scores = lax.cond((whole <= keys) & (keys < whole_end), lambda: scores, mask)
+      start = -_spread(delta, shape, 0)
+      dweights = hopper.product(dout_s.at[group], v_s.at[stage], interpret, transpose_b=True, start=start)
+      weights = jnp.exp2(scores * (scale * BITS) - _spread(bits, shape, 0))
+      dscores = (weights * dweights).astype(k_s.dtype)
+      dq = hopper.product(dscores, k_s.at[stage], interpret, start=dq)
+      plgpu.barrier_arrive(free.at[stage])
+      return dq
+
+    dq = hopper.cast(jnp.zeros((ROWS, Dh), jnp.float32), WGMMA, interpret)
+    dq = lax.fori_loop(0, end - begin, one_tile, dq)
+    q_s[group] = (dq * scale).astype(q_s.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_s.at[group], dq_g.at[row, rows, columns])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _keys_kernel(met_g, sights_g, q_g, dout_g, k_g, v_g, stats_g, dk_g, dv_g, *, k_s, v_s, q_s, dout_s, sights_s, stats_s,
+                 asked, full, free, n, G, scale, interpret):
+  row, head, tile, group = (lax.axis_index(name) for name in ('row', 'head', 'tile', 'group'))
+  begins, ends = ([met_g[row, tile, run, i] for run in range(n)] for i in range(2))
+  before = [sum(ends[:run]) - sum(begins[:run]) for run in range(n + 1)]  # tiles of the runs before, of one head
+  each, Dh = before[n], k_s.shape[2]
+
+  @pl.when(group == MEMORY)
+  def _():
+    plgpu.set_max_registers(24, action='decrease')
+
+    def at(step):
+      query_head, left = head * G + lax.div(step, each), lax.rem(step, each)
+      run, here = jnp.int32(0), begins[0] + left
+      for other in range(1, n):
+        run = jnp.where(left >= before[other], other, run)
+        here = jnp.where(left >= before[other], begins[other] + left - before[other], here)
+      run, rows, columns = row * n + run, pl.ds(here * FEW, FEW), pl.ds(query_head * Dh, Dh)
+      return (run, rows, columns), (run, rows, columns), (run, slice(None), rows), (run, query_head, slice(None), rows)
+
+    pairs = (q_g, q_s), (dout_g, dout_s), (sights_g, sights_s), (stats_g, stats_s)
+    _stream(pairs, at, each * G, full, free)
+
+  @pl.when(group < MEMORY)
+  def _():
+    plgpu.set_max_registers(240, action='increase')
+    first_key = tile * TILE + group * ROWS
+    rows, columns = pl.ds(first_key, ROWS), pl.ds(head * Dh, Dh)
+    for source, memory in (k_g, k_s), (v_g, v_s):
+      plgpu.copy_gmem_to_smem(source.at[row, rows, columns], memory.at[group], asked.at[group])
+    plgpu.barrier_wait(asked.at[group])
+    shape = ROWS, FEW
+    by_column = lambda x: hopper.cast(x, BY_COLUMN, interpret)
+
+    def one_tile(step, sums):
+      dk, dv = sums
+      # Steps are never negative, but the compiler does not know: see `sparse_gpu`. Else it spills registers.
+      stage, mine = lax.rem(step, STAGES), group + jnp.minimum(step, 0)
+      plgpu.barrier_wait(full.at[stage])
+      q, dout = q_s.at[stage], dout_s.at[stage]
+      scores = hopper.product(k_s.at[mine], q, interpret, transpose_b=True)
+
+      def mask():
+        sight = [by_column(sights_s[stage, i]) for i in range(2)]
+        return _seen(scores, first_key, sight, 1, interpret)
+
+      is_whole = (sights_s[stage, 0, FEW - 1] <= first_key) & (first_key + ROWS - 1 <= sights_s[stage, 1, 0])
+      scores = lax.cond(is_whole, lambda: scores, mask)
+      bits, delta = (_spread(by_column(stats_s[stage, i]), shape, 1) for i in range(2))
+      dweights = hopper.product(v_s.at[mine], dout, interpret, transpose_b=True, start=-delta)
+      weights = jnp.exp2(scores * (scale * BITS) - bits)
+      dscores = (weights * dweights).astype(q_s.dtype)
+      dv = hopper.product(weights.astype(q_s.dtype), dout, interpret, start=dv)
+      dk = hopper.product(dscores, q, interpret, start=dk)
+      plgpu.commit_smem()  # numbers that were read: a copy in bulk may now write there
+      plgpu.barrier_arrive(free.at[stage])
+      return dk, dv
+
+    zeros = hopper.cast(jnp.zeros((ROWS, Dh), jnp.float32), WGMMA, interpret)
+    dk, dv = lax.fori_loop(0, each * G, one_tile, (zeros, zeros))
+    for memory, sums in (k_s, dk * scale), (v_s, dv):
+      memory[group] = sums.astype(memory.dtype)
+    plgpu.commit_smem()
+    for memory, gradient in (k_s, dk_g), (v_s, dv_g):
+      plgpu.copy_smem_to_gmem(memory.at[group], gradient.at[row, rows, columns])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,54 @@
+"""Attention to stretches of keys on Hopper cards that are not here, at M2's heads: 48, 8 of keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx.kernels_pallas import attention_gpu
+from mmx.kernels_pallas.chunks import Part
+
+H, K = 48, 8
+
+
+def compiled_gradients(compile_for_hopper, attend, T, S, Dh):
+  array = lambda length, *rest: jax.ShapeDtypeStruct((1, length, *rest), jnp.bfloat16)
+  segments = lambda length: jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+  def total(q, k, v, *segments):
+    return jnp.sum(attend(q, k, v, *segments).astype(jnp.float32))
+
+  arguments = array(T, H, Dh), array(S, K, Dh), array(S, K, Dh), segments(T), segments(S)
+  return compile_for_hopper(jax.grad(total, (0, 1, 2)), *arguments)
+
+
+def part(segments_BS, T):
+  """The first of 16 parts of their rows: its slices are the first and the last of 32."""
+  S = segments_BS.shape[1]
+  slots = np.concatenate([np.arange(T // 2), np.arange(S - T // 2, S)])[None].astype(np.int32)
+  return Part(slots, jnp.int32(0), segments_BS)
+
+
+FORMS = {
+    'whole rows': (lambda q, k, v, here, all_: attention_gpu.attention_hopper(q, k, v, all_), 32768, 32768),
+    'a part of rows': (
+        lambda q, k, v, here, all_: attention_gpu.attention_hopper(q, k, v, here, part=part(all_, q.shape[1])), 12288, 196608
+    ),
+    'a window': (lambda q, k, v, here, all_: attention_gpu.sliding_hopper(q, k, v, all_, 1024, start=1023), 8192, 9215),
+}
+
+
+@pytest.mark.parametrize('Dh', [128, 64])
+@pytest.mark.parametrize('form', FORMS)
+def test_three_kernels_spill_nothing_and_hold_neither_scores_nor_bias(form, Dh, compile_for_hopper, assembled):
+  attend, T, S = FORMS[form]
+  compiled = compiled_gradients(compile_for_hopper, attend, T, S, Dh)
+  kernels = assembled()
+  for name, kernel in kernels.items():
+    print(f'{name}: {kernel.registers} registers, {kernel.spilled} bytes spilled')
+  for kernel in kernels.values():
+    assert kernel.spilled == 0 and 'wgmma.mma_async' in kernel.ptx and 'cp.async.bulk.tensor' in kernel.ptx
+  assert len(kernels) == 3
+  rows, keys = T * H * Dh * 2, S * K * Dh * 2
+  print(compiled.memory_analysis().temp_size_in_bytes / rows)
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * rows + 4 * keys

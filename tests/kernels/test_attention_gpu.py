@@ -1,0 +1,122 @@
+"""Attention to stretches of keys on Hopper, in its simulator, against the oracles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx.kernels_pallas import attention_gpu, hopper, reference
+from mmx.kernels_pallas.attention_gpu import FEW, KEYS, TILE, attention_hopper, sight, sliding_hopper, unsupported
+from mmx.kernels_pallas.chunks import Part
+from mmx.layers.context_parallel import swapped_slots
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
+
+def make(B, S, H, K, Dh, padded=9):
+  """q, k, v, a cotangent, segments: documents packed, the first row's last `padded` tokens padding."""
+  rng = np.random.default_rng(0)
+  normal = lambda heads: jnp.asarray(rng.normal(size=(B, S, heads, Dh)), jnp.bfloat16)
+  segments = np.sort(rng.integers(1, 4, (B, S)), axis=1)
+  segments[0, S - padded :] = 0
+  return normal(H), normal(K), normal(K), normal(H), jnp.asarray(segments, jnp.int32)
+
+
+def assert_same(attend, oracle, q, k, v, cotangent, slots=None):
+  """Of attend(queries at `slots`, k, v) and oracle(q, k, v) there: outputs and gradients, in bfloat16's rounding."""
+  here = lambda x: x if slots is None else x[:, slots]
+  float32 = lambda *arrays: tuple(x.astype(jnp.float32) for x in arrays)
+
+  def run(function, *arrays):
+    def total(*arrays):
+      out = function(*arrays)
+      return jnp.sum(out.astype(jnp.float32) * here(cotangent).astype(jnp.float32)), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays)
+    return out, *gradients
+
+  found = run(attend, here(q), k, v)
+  out, dq, *rest = run(lambda *a: here(oracle(*a)), *float32(q, k, v))
+  for got, want in zip(found, (out, here(dq), *rest), strict=True):
+    assert got.dtype == jnp.bfloat16 and got.shape == want.shape
+    got, want = np.asarray(got, np.float32), np.asarray(want)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-2 * np.abs(want).max())
+
+
+@pytest.mark.parametrize('shape', [(2, 200, 2, 1, 64), (1, 130, 3, 3, 128)], ids=str)
+def test_values_and_gradients_are_those_of_full_attention_within_documents(shape):
+  *floats, segments = make(*shape)
+  attend = lambda q, k, v: attention_hopper(q, k, v, segments, interpret=hopper.simulator())
+  assert_same(attend, lambda q, k, v: reference.attention(q, k, v, segments), *floats)
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_a_part_of_the_queries_sees_keys_of_whole_rows(index):
+  """Two runs of 70 queries, in rising order of slots and in falling."""
+  *floats, segments = make(1, 280, 2, 1, 64)
+  slots = swapped_slots(2, 140)
+  part = Part(slots, jnp.int32(index), segments)
+  attend = lambda q, k, v: attention_hopper(
+      q, k, v, segments[:, slots[index]], part=part, interpret=hopper.simulator()
+  )
+  assert_same(attend, lambda q, k, v: reference.attention(q, k, v, segments), *floats, slots=slots[index])
+
+
+@pytest.mark.parametrize('window, start', [(50, 0), (129, 37)])
+def test_a_window_sees_what_the_sliding_oracle_does(window, start):
+  *floats, segments = make(1, 200, 2, 1, 64)
+  slots = np.arange(start, 200)
+  # In place of positions in documents: within one, their differences are the same.
+  positions = jnp.arange(200, dtype=jnp.int32)[None]
+  attend = lambda q, k, v: sliding_hopper(q, k, v, segments, window, start=start, interpret=hopper.simulator())
+  oracle = lambda q, k, v: reference.sliding(q, k, v, segments, positions, window, 0)
+  assert_same(attend, oracle, *floats, slots=slots)
+
+
+def test_nothing_races_where_memory_is_used_again(races):
+  """Five tiles of keys through room for two, forward and backward."""
+  q, k, v, cotangent, _ = make(1, 300, 1, 1, 64)
+  segments = jnp.ones((1, 300), jnp.int32)
+  attend = lambda q, k, v: attention_hopper(q, k, v, segments, interpret=hopper.simulator(detect_races=True))
+  assert_same(attend, lambda q, k, v: reference.attention(q, k, v, segments), q, k, v, cotangent)
+  assert not races()
+
+
+def test_nan_of_tiles_that_a_document_does_not_meet_reaches_none_of_its_values_and_gradients():
+  *floats, _ = make(1, 2 * TILE, 2, 1, 64)
+  segments = jnp.repeat(jnp.array([[1, 2]], jnp.int32), TILE, axis=1)
+  first = lambda x: x[:, :TILE]
+  poisoned = lambda x: jnp.concatenate([x, jnp.full_like(x, jnp.nan)], axis=1)
+  attend = lambda *a: first(attention_hopper(*map(poisoned, a), segments, interpret=hopper.simulator()))
+  oracle = lambda *a: reference.attention(*a, first(segments))
+  assert_same(attend, oracle, *map(first, floats))
+
+
+@pytest.mark.parametrize('window', [None, 1, 100, 700])
+def test_tiles_that_meet_are_those_of_which_any_query_sees_any_key(window):
+  T = S = 1024
+  segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 5, (2, S)), axis=1), jnp.int32)
+  slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
+  first, last = sight(segments, slots, window)
+  sights = jnp.stack([first, last], axis=1)
+  key = np.arange(S)
+  seen = (np.asarray(first)[:, :, None] <= key) & (key <= np.asarray(last)[:, :, None])
+  tiles = lambda rows, keys: seen.reshape(2, T // rows, rows, S // keys, keys)
+  for keys in (KEYS, FEW):
+    begin, end, whole, whole_end = (np.asarray(attention_gpu._met_keys(sights, keys))[..., i, None] for i in range(4))
+    tile = np.arange(S // keys)
+    np.testing.assert_array_equal((begin <= tile) & (tile < end), tiles(TILE, keys).any(axis=(2, 4)))
+    np.testing.assert_array_equal((whole <= tile) & (tile < whole_end), tiles(TILE, keys).all(axis=(2, 4)))
+  begin, end = (np.asarray(attention_gpu._met_queries(sights, 2, S))[:, :, 0, i, None] for i in range(2))
+  tile = np.arange(T // FEW)
+  np.testing.assert_array_equal((begin <= tile) & (tile < end), tiles(FEW, TILE).any(axis=(2, 4)).swapaxes(1, 2))
+
+
+@pytest.mark.parametrize('change, word', [
+    (dict(H=7), 'kv heads'), (dict(dtype=jnp.float32), 'float32'), (dict(Dh=96), 'head dim'), (dict(), ''),
+], ids=str)
+def test_what_does_not_compile_is_named(change, word):
+  shape = dict(H=8, Dh=64, dtype=jnp.bfloat16) | change
+  array = lambda heads: jax.ShapeDtypeStruct((1, 256, heads, shape['Dh']), shape['dtype'])
+  reason = unsupported(array(shape['H']), array(2))
+  assert word in reason and bool(reason) == bool(word)
