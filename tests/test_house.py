@@ -228,7 +228,7 @@ def called(what, implementation, platform):
     function = lambda q, k, v, segments: api.attend(q, k, v, segments, **choice)
   elif what == 'sliding':
     arguments = *attention, ids((2, 256))
-    function = lambda *arguments: api.sliding(*arguments, window=64, sink_tokens=4, **choice)
+    function = lambda *arguments: api.sliding(*arguments, window=64, sink_tokens=0, **choice)
   elif what == 'lightning':
     arguments = *(array((2, 256, 4, 128)),) * 3, jax.ShapeDtypeStruct((4,), jnp.float32), ids((2, 256))
     function = lambda *arguments: api.lightning(*arguments, chunk=128, **choice)[0]

@@ -166,20 +166,25 @@ def _experts_form(x_ND, w_gate_EDF, implementation, platform):
 
 
 def sliding(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, window, sink_tokens, implementation, platform,
-            past=None, start=None):
+            mesh=None, past=None, start=None):
   """Causal attention within a window, to sink tokens, and within segments; see `reference.sliding`.
 
   start: None, or an int, traced or not: all but q are of more tokens, of which the queries are those from there on.
 
   Raises:
-    UnsupportedError: a named implementation does not serve a part of a row, or is unknown.
+    UnsupportedError: a named implementation does not support the platform or shape, or not what is asked of it.
   """
   everywhere = ('cpu', 'gpu', 'tpu')
-  table = [('chunked', everywhere, ''), ('reference', everywhere, _whole(start))]
+  table = [
+      ('splash', ('tpu',), _sliding.splash_unsupported(q_BTHDh, sink_tokens, past, start)),
+      ('chunked', everywhere, ''),
+      ('reference', everywhere, _whole(start)),
+  ]
   arguments = q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, window, sink_tokens, past
-  if _choose('sliding', table, implementation, platform) == 'reference':
-    return reference.sliding(*arguments)
-  return _sliding.sliding_chunked(*arguments, start)
+  name = _choose('sliding', table, implementation, platform)
+  if name == 'splash':
+    return _sliding.sliding_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, window, mesh, start)
+  return reference.sliding(*arguments) if name == 'reference' else _sliding.sliding_chunked(*arguments, start)
 
 
 def sliding_slots(q_BTHDh, k_BSKDh, v_BSKDh, slot_positions_BS, positions_BT, *, window, sink_tokens):

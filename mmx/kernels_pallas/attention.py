@@ -10,18 +10,15 @@ Letters: B batch, T tokens, H query heads, K kv heads, G = H/K, Dh head dim, c c
 S keys a chunk sees, or of whole rows, or slots of a cache, R = G*c, s slots of a span, n parts, N chunks.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
+from mmx.kernels_pallas import splash
 from mmx.kernels_pallas.chunks import join, kept, product, split
 
 CHUNK = 64  # queries; smaller skips more of the future, larger makes better matrix products
 SPAN = 256  # slots of a cache, or of keys of whole rows, read at once
-SPLASH_BLOCKS = (512, 256, 128)  # queries and keys; at 196,608 tokens, tables of blocks of 128 exceed scalar memory
 
 
 @jax.custom_vjp
@@ -126,68 +123,21 @@ def attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh=None, part=
   With a `part`, within a shard_map: T queries against S keys. The two runs of a part's slots are cut into blocks, so
   they must be multiples of 128. `interpret` runs the kernel on CPU, for tests.
   """
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
-  T, _, Dh = q_BTHDh.shape[1:]
+  T = q_BTHDh.shape[1]
+  slots_nT = np.arange(T, dtype=np.int32)[None] if part is None else part.slots_nT
+  run = T if len(slots_nT) == 1 else T // 2
+  block = next(size for size in splash.BLOCKS if run % size == 0)
 
   def shard(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT):
-    slots_nT = np.arange(T, dtype=np.int32)[None] if part is None else part.slots_nT
-    kernel = _splash_kernel(q_BTHDh.shape[2], slots_nT, interpret)
-    if part is not None:
-      n = len(part.slots_nT)  # tables are for all parts: q_sequence [n*T], else [heads, blocks of n*T, blocks of S]
-      pieces = lambda a: a.reshape(n, -1) if a.ndim == 1 else a.reshape(len(a), n, -1, a.shape[2]).swapaxes(0, 1)
-      kernel = jax.tree.map(lambda a: pieces(a)[part.index], kernel)
-    q, k, v = (a.transpose(0, 2, 1, 3) for a in (q_BTHDh * jnp.asarray(Dh**-0.5, q_BTHDh.dtype), k_BTKDh, v_BTKDh))
-    segments = splash.SegmentIds(segment_ids_BT, segment_ids_BT if part is None else part.key_segments_BS)
-    return jax.vmap(kernel)(q, k, v, segments).transpose(0, 2, 1, 3)
+    kernel = splash.make_kernel(q_BTHDh.shape[2], slots_nT, slots_nT.size, block, interpret=interpret)
+    if part is None:
+      return splash.attend(kernel, q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, segment_ids_BT)
+    n = len(slots_nT)  # tables are for all parts: q_sequence [n*T], else [heads, blocks of n*T, blocks of S]
+    pieces = lambda a: a.reshape(n, -1) if a.ndim == 1 else a.reshape(len(a), n, -1, a.shape[2]).swapaxes(0, 1)
+    kernel = jax.tree.map(lambda a: pieces(a)[part.index], kernel)
+    return splash.attend(kernel, q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, part.key_segments_BS)
 
-  if part is not None or mesh is None or mesh.size == 1:
-    return shard(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
-  rows = ('replica', 'fsdp', 'expert')
-  heads_spec = P(rows, None, 'tensor', None)
-  specs = (heads_spec, heads_spec, heads_spec, P(rows, None))
-  mapped = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=heads_spec, check_vma=False)
-  return mapped(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
-
-
-def _splash_kernel(heads, slots_nT, interpret=False):
-  """The kernel for n parts of T queries each, at these slots of n*T keys."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-  n, T = slots_nT.shape
-  run = T if n == 1 else T // 2
-  block = next(size for size in SPLASH_BLOCKS if run % size == 0)
-  names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
-  sizes = splash.BlockSizes(**{f'block_{name}': block for name in names})
-  mask = masks.MultiHeadMask([_causal_mask()(slots_nT.reshape(-1))] * heads)
-  options = {'head_shards': 1, 'q_seq_shards': n, 'interpret': interpret, 'residual_checkpoint_name': 'mixer'}
-  return splash.make_splash_mha(mask, block_sizes=sizes, **options)
-
-
-@functools.cache
-def _causal_mask():
-  """The class of splash's causal mask for queries in any order; one class, as masks that are equal are cut up once."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-  class CausalMask(masks.CausalMask):
-    """slots: int32 numpy [n*T], where each query stands.
-
-    Splash asks of each block whether any or all is seen, and what is in the blocks on the diagonal. Where all is alike
-    one element tells it: at 196,608 tokens whole blocks would be 39 billion elements, made six times.
-    """
-
-    def __init__(self, slots):
-      super().__init__((slots.size, slots.size))
-      self.q_sequence = slots
-
-    def __getitem__(self, block):
-      rows, keys = self.q_sequence[block[0]], block[1]
-      if rows.max() < keys.start or rows.min() >= keys.stop - 1:
-        return np.full((1, 1), rows.min() >= keys.start)
-      return super().__getitem__(block)
-
-  return CausalMask
+  return splash.on_mesh(shard, mesh if part is None else None, q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Sliding-window attention with sink tokens, in chunks of queries; equal to `reference.sliding`.
+"""Sliding-window attention with sink tokens; both forms equal `reference.sliding`.
+
+  chunked  anywhere: a scan over chunks of queries.
+  splash   TPU: jax's Pallas splash attention, where there are neither sinks nor past keys.
 
 A query at position i of its document sees positions j with i - W < j <= i, and those below Z, the document's first. A
 chunk of c queries meets at most Z + W - 1 + c keys: the sinks, the W - 1 keys before it, which the scan carries from
@@ -15,7 +18,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mmx.kernels_pallas import splash
 from mmx.kernels_pallas.chunks import join, kept, product, split
 
 NOWHERE = -1  # segment and position of a key that is not there
@@ -54,6 +59,47 @@ def sliding_chunked(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, win
   _, out_NBKRDh = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), before, (q_NBKRDh, own, sinks))
   out_NBHcDh = out_NBKRDh.reshape(-1, B, H, chunk, Dh)
   return kept(join(out_NBHcDh.swapaxes(2, 3), T))
+
+
+def splash_unsupported(q_BTHDh, sink_tokens, past, start) -> str:
+  """Why `sliding_splash` cannot serve these, in a few words; '' if it can."""
+  if sink_tokens:
+    return f'serves no sink tokens, got {sink_tokens}'
+  if past:
+    return 'serves no past keys'
+  if start is not None and not isinstance(start, int):
+    return 'needs to know where the queries begin as the program is built'
+  Dh = q_BTHDh.shape[3]
+  return '' if Dh % 128 == 0 else f'needs head_dim in multiples of 128, got {Dh}'
+
+
+def sliding_splash(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None, start=None, interpret=False):
+  """Without sinks and past keys; rows over the batch axes and heads over 'tensor'. Dh must be a multiple of 128.
+
+  The window is of slots: tokens of a document stand together, so slots tell how far apart they are as positions do.
+  Rows are made up to whole blocks with a segment that no token has: queries and their keys behind, and keys in front
+  where `start`, an int here, puts others before those of the queries.
+
+  Args:
+    interpret: runs the kernel on CPU, for tests.
+  """
+  T, begin = q_BTHDh.shape[1], start or 0
+  # A block of 512 is worth its waste: by v5p's schedule, kernels forward and backward take 44 cycles a query and head at
+  # W = 1024, of blocks of 256 75, of 128 164, of 1024 47 (v5e 40, 63, 120, 45; v6e 31, 54, 92, 32); at W = 128 they take
+  # 30, 30 and 37. So rows are made up to blocks of 512 too, rather than cut into smaller ones that divide them.
+  block = next((size for size in reversed(splash.BLOCKS) if size >= T), splash.BLOCKS[0])
+  behind = -T % block
+  first = begin + -(begin + T + behind) % block  # slot of the first query, with the keys put in front
+  slots_T = np.arange(first, first + T + behind, dtype=np.int32)
+
+  def shard(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS):
+    every = zip((k_BSKDh, v_BSKDh, segment_ids_BS), (0, 0, NOWHERE))
+    k_BSKDh, v_BSKDh, segment_ids_BS = (_padded(a[:, : begin + T], first - begin, behind, fill) for a, fill in every)
+    kernel = splash.make_kernel(q_BTHDh.shape[2], slots_T[None], first + T + behind, block, window, interpret)
+    segments = segment_ids_BS[:, first:], segment_ids_BS
+    return splash.attend(kernel, _padded(q_BTHDh, 0, behind, 0), k_BSKDh, v_BSKDh, *segments)[:, :T]
+
+  return splash.on_mesh(shard, mesh, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS)
 
 
 def sliding_slots(q_BTHDh, k_BSKDh, v_BSKDh, slot_positions_BS, positions_BT, window, sink_tokens=0):
@@ -112,8 +158,13 @@ def _attend(q_BKRDh, k_BKSDh, v_BKSDh, seen_BcS):
 
 def _before(a_BS, start, count, fill):
   """The `count` before `start` along axis 1, with `fill` in front where there are fewer."""
-  missing = ((0, 0), (count, 0)) + ((0, 0),) * (a_BS.ndim - 2)
-  return jax.lax.dynamic_slice_in_dim(jnp.pad(a_BS, missing, constant_values=fill), start, count, axis=1)
+  return jax.lax.dynamic_slice_in_dim(_padded(a_BS, count, 0, fill), start, count, axis=1)
+
+
+def _padded(a_BS, front, behind, fill):
+  """With so much of `fill` in front and behind along axis 1."""
+  missing = ((0, 0), (front, behind)) + ((0, 0),) * (a_BS.ndim - 2)
+  return jnp.pad(a_BS, missing, constant_values=fill)
 
 
 def _in_order(past, new):

@@ -57,7 +57,7 @@ def slide(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, mesh, wind
   """`api.sliding` on any mesh."""
   sight = functools.partial(api.sliding, window=window, sink_tokens=sink_tokens, **choice)
   if ways(mesh) == 1:
-    return sight(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT)
+    return sight(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, mesh=mesh)
 
   def shard(q_BTHDh, *own):
     T = q_BTHDh.shape[1]

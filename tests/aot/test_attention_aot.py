@@ -23,6 +23,17 @@ def test_full_attention_is_the_library_kernel_with_no_scores_in_memory(compile_f
   assert compiled.memory_analysis().temp_size_in_bytes < T * T * H  # an eighth of the scores in float32 and less
 
 
+def test_a_window_is_the_library_kernel_with_no_scores_in_memory(compile_for_tpu):
+  B, T, H, K, Dh, window = 1, 8192, 48, 8, 128, 1024
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
+  choice = {'window': window, 'sink_tokens': 0, 'implementation': 'auto', 'platform': 'tpu'}
+  gradient = jax.grad(lambda *a: jnp.sum(api.sliding(*a, **choice).astype(jnp.float32)), (0, 1, 2))
+  compiled = compile_for_tpu(gradient, array(B, T, H, Dh), array(B, T, K, Dh), array(B, T, K, Dh), ids, ids)
+  assert compiled.as_text().count('tpu_custom_call') >= 3  # forwards, and backwards for queries and for keys
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * T * window * H  # half of a window's scores in float32
+
+
 def test_remat_keeps_what_cudnn_returns_and_it_runs_once_forward(compile_for_hopper):
   T, H, K, Dh = 4096, 48, 8, 128
   array = lambda *shape: jax.ShapeDtypeStruct((1, T, *shape), jnp.bfloat16)

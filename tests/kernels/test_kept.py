@@ -29,6 +29,7 @@ FORMS = {
     'full, splash': (HEADS, lambda *qkv: attention.attention_splash(*qkv, SEGMENTS)),
     'full, Hopper': (HEADS, lambda *qkv: attention_gpu.attention_hopper(*qkv, SEGMENTS)),
     'sliding': (HEADS, lambda *qkv: sliding.sliding_chunked(*qkv, SEGMENTS, PART.slots_nT, 64)),
+    'sliding, splash': (HEADS, lambda *qkv: sliding.sliding_splash(*qkv, SEGMENTS, 64)),
     'lightning, TPU': lightning(lightning_tpu.lightning_pallas),
     'lightning, Hopper': lightning(lightning_gpu.lightning_hopper),
     'msa, gather': (HEADS + INDEX, lambda *a: sparse.msa_gather(*a, SEGMENTS, 64, 2)),

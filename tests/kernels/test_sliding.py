@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx.kernels_pallas import api, reference, sliding
+from mmx.kernels_pallas import api, reference, sliding, splash
 
 
 def slow_sliding(q, k, v, segments, positions, window, sink_tokens):
@@ -67,6 +67,56 @@ def test_chunked_equals_oracle_in_values_and_gradients(window, sink_tokens, leng
   (_, expected), wanted = run(reference.sliding)
   for one, other in zip((y, *gradients), (expected, *wanted)):
     close(one, other, 2e-5)
+
+
+@pytest.mark.parametrize(
+    'window, start, lengths',
+    [(20, None, PACKED), (1, None, [(128,)]), (77, None, [(40, 260), (300,)]), (513, None, [(900, 170, 30)]),
+     (33, 44, [(40, 260), (300,)]), (45, 172, [(300,), (160, 140)]), (600, 1, [(250, 50)]), (130, 600, [(620, 580)])],
+)
+def test_splash_equals_oracle_in_values_and_gradients(window, start, lengths):
+  """In interpret mode; the last document is padding. With `start`, of the queries from there on."""
+  q, k, v, segments, positions = inputs(lengths, H=2, K=1, Dh=128)
+  segments = jnp.where(segments == jnp.max(segments, axis=1, keepdims=True), 0, segments)
+  target = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)[:, start:]
+  both = {
+      'found': lambda q, k, v: sliding.sliding_splash(q[:, start:], k, v, segments, window, start=start, interpret=True),
+      'wanted': lambda q, k, v: reference.sliding(q, k, v, segments, positions, window)[:, start:],
+  }
+
+  def run(function):
+    scalar = lambda *qkv: (jnp.sum((y := function(*qkv)) * target), y)
+    (_, y), gradients = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return y, *gradients
+
+  for one, other in zip(run(both['found']), run(both['wanted'])):
+    np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * (1 + float(jnp.abs(other).max())))
+
+
+def test_splash_works_in_bfloat16():
+  q, k, v, segments, positions = inputs([(60, 140)], H=2, K=1, Dh=128, dtype=jnp.bfloat16)
+  found = sliding.sliding_splash(q, k, v, segments, 33, interpret=True)
+  exact = reference.sliding(*(a.astype(jnp.float32) for a in (q, k, v)), segments, positions, 33)
+  assert found.dtype == jnp.bfloat16
+  assert float(jnp.abs(found - exact).max() / jnp.abs(exact).max()) < 0.02
+
+
+def test_splash_works_on_the_blocks_that_a_window_reaches_and_no_others():
+  """2 of 16 blocks of keys for each block of queries; a window of one key more than a block reaches into a third."""
+  slots_nT = np.arange(8192, dtype=np.int32)[None]
+  for window, blocks in ((1, 1), (2, 2), (513, 2), (514, 3)):
+    kernel = splash.make_kernel(2, slots_nT, 8192, 512, window)
+    for tables in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
+      assert sorted(tables.block_mask.shape) == sorted((1, 16, blocks))
+
+
+def test_the_mask_of_a_long_row_is_never_whole():
+  """One element tells of a block in which all is alike; of 2**26 blocks none but those on the edges is made."""
+  mask = splash.mask_of(window=1024)(np.arange(2**22, dtype=np.int32), 2**22)
+  block = lambda row, column: mask[slice(512 * row, 512 * (row + 1)), slice(512 * column, 512 * (column + 1))]
+  shapes = [block(4000, column).shape for column in (3990, 3997, 3998, 3999, 4000, 4001)]
+  assert shapes == [(1, 1), (1, 1), (512, 512), (1, 1), (512, 512), (1, 1)]
+  assert [bool(block(4000, column).all()) for column in (3997, 3999, 4001)] == [False, True, False]
 
 
 def test_chunked_works_in_bfloat16():
@@ -178,10 +228,42 @@ def test_cost_of_a_token_knows_nothing_of_the_context_beyond_the_window():
   assert cost(4096, 4) == 7 * 2 * 8 * (64 + 16 - 1 + 4)
 
 
-def test_named_implementation_is_used_or_refused():
-  args = inputs([(8,)])
-  with pytest.raises(ValueError, match="'splash' is unknown; one of"):
-    api.sliding(*args, window=4, sink_tokens=0, implementation='splash', platform='tpu')
+REFUSED = [
+    ('serves no sink tokens, got 2', {'sink_tokens': 2}),
+    ('serves no past keys', {'past': True}),
+    ('needs head_dim in multiples of 128, got 64', {'Dh': 64}),
+    ('needs to know where the queries begin as the program is built', {'start': jnp.int32(4)}),
+    ('not for cpu', {'platform': 'cpu'}),
+]
+
+
+def choose(implementation, sink_tokens=0, past=False, start=None, Dh=128, platform='tpu'):
+  """Calls the api with shapes alone; whether a kernel for TPU is in what it makes."""
+  q, k, v, segments, positions = inputs([(8,)], Dh=Dh)
+  choice = {'window': 4, 'sink_tokens': sink_tokens, 'implementation': implementation, 'platform': platform}
+  function = lambda q, k, v, start: api.sliding(
+      q if start is None else q[:, 4:], k, v, segments, positions, past=(k, v, positions - 8) if past else None,
+      start=start, **choice,
+  )
+  if isinstance(start, jax.Array):
+    return 'pallas_call' in str(jax.make_jaxpr(function)(q, k, v, start))
+  return 'pallas_call' in str(jax.make_jaxpr(lambda *qkv: function(*qkv, start))(q, k, v))
+
+
+@pytest.mark.parametrize('start', [None, 4])
+def test_auto_takes_splash_on_tpu(start):
+  assert choose('auto', start=start) and choose('splash', start=start)
+
+
+@pytest.mark.parametrize('reason, what', REFUSED)
+def test_what_splash_cannot_serve_is_said_and_auto_takes_chunked(reason, what, monkeypatch):
+  said = []
+  monkeypatch.setattr(api, '_log_once', said.append)
+  assert not choose('auto', **what)
+  platform = what.get('platform', 'tpu')
+  assert said == [f'sliding: chunked on {platform}' + (f'; not splash: {reason}' if platform == 'tpu' else '')]
+  with pytest.raises(api.UnsupportedError, match=f"'splash' cannot be used here: {reason}"):
+    choose('splash', **what)
 
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])

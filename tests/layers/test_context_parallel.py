@@ -12,7 +12,7 @@ from one_mixer import close, packed, randomised
 
 from mmx import sharding
 from mmx.config import ConfigError, MeshConfig
-from mmx.kernels_pallas import attention, reference
+from mmx.kernels_pallas import attention, reference, sliding
 from mmx.kernels_pallas.chunks import Part
 from mmx.layers import context_parallel
 from mmx.layers.mixer import MIXERS
@@ -121,6 +121,23 @@ def test_the_tpu_kernel_of_each_part_equals_the_oracle():
   run = lambda function: jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(function(*qkv) * weights), (0, 1, 2)))(q, k, v)
   found, wanted = run(of_parts), run(lambda *qkv: reference.attention(*qkv, segments))
   jax.tree.map(functools.partial(close, tolerance=1e-4), found, wanted)
+
+
+@pytest.mark.parametrize('axes', [{'context': 4}, {'context': 2, 'fsdp': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 2}])
+def test_the_tpu_kernel_of_a_window_equals_the_oracle_on_any_mesh(axes, monkeypatch):
+  """In interpret mode, values and gradients; a window of 65 tokens reaches over a shard of 52 and into the next."""
+  monkeypatch.setattr(sliding, 'sliding_splash', functools.partial(sliding.sliding_splash, interpret=True))
+  mesh = sharding.build_mesh(MeshConfig(**{'fsdp': 1} | axes, num_devices=int(np.prod(list(axes.values())))))
+  random = lambda seed, heads: jax.random.normal(jax.random.key(seed), (2, 208, heads, 128))
+  qkv, weights = (random(0, 4), random(1, 2), random(2, 2)), random(3, 4)
+  context = rows((70, 120), (208,), length=208)
+  where = context.segment_ids_BT, context.positions_BT
+  choice = {'sink_tokens': 0, 'implementation': 'auto', 'platform': 'tpu', 'mesh': mesh}
+  run = lambda function: jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(function(*qkv) * weights), (0, 1, 2)))(*qkv)
+  function = lambda *qkv: context_parallel.slide(*qkv, *where, window=65, **choice)
+  assert 'shard_map' in (text := str(jax.make_jaxpr(function)(*qkv))) and 'pallas_call' in text
+  wanted = run(lambda *qkv: reference.sliding(*qkv, *where, 65))
+  jax.tree.map(functools.partial(close, tolerance=1e-4), run(function), wanted)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
