@@ -30,7 +30,7 @@ class SlidingConfig:
 
   window: int = 64  # W, keys a query sees, its own included
   sink_tokens: int = 0  # first tokens of the document that every query sees as well
-  implementation: Literal['auto', 'reference', 'chunked', 'splash'] = 'auto'
+  implementation: Literal['auto', 'reference', 'chunked', 'splash', 'hopper'] = 'auto'
 
 
 @dataclass(frozen=True)

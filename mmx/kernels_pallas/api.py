@@ -35,7 +35,9 @@ def _hopper(what, platform, refusal):
   """
   from mmx.kernels_pallas import attention_gpu, grouped_gpu, lightning_gpu, msa_gpu
 
-  modules = {'attention': attention_gpu, 'experts': grouped_gpu, 'lightning': lightning_gpu}
+  modules = {
+      'attention': attention_gpu, 'sliding': attention_gpu, 'experts': grouped_gpu, 'lightning': lightning_gpu,
+  }
   module = modules.get(what, msa_gpu)
   if reason := refusal(module) if platform == 'gpu' else f'not for {platform}':
     raise UnsupportedError(f"{what} implementation 'hopper' cannot be used here: {reason}")
@@ -170,20 +172,26 @@ def sliding(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, window, 
   """Causal attention within a window, to sink tokens, and within segments; see `reference.sliding`.
 
   start: None, or an int, traced or not: all but q are of more tokens, of which the queries are those from there on.
+  past: None, or keys, values and positions of a cache; kernels have no form for it and 'chunked' serves in their place.
 
   Raises:
     UnsupportedError: a named implementation does not support the platform or shape, or not what is asked of it.
   """
   everywhere = ('cpu', 'gpu', 'tpu')
   table = [
-      ('splash', ('tpu',), _sliding.splash_unsupported(q_BTHDh, sink_tokens, past, start)),
+      ('splash', ('tpu',), _sliding.splash_unsupported(q_BTHDh, sink_tokens, start)),
+      ('hopper', (), ''),
       ('chunked', everywhere, ''),
       ('reference', everywhere, _whole(start)),
   ]
   arguments = q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, window, sink_tokens, past
+  within = q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, window, mesh, start
+  if implementation == 'hopper':
+    kernels = _hopper('sliding', platform, lambda gpu: gpu.sliding_unsupported(q_BTHDh, k_BTKDh, sink_tokens))
+    return _sliding.sliding_chunked(*arguments) if past else kernels.sliding_hopper(*within)
   name = _choose('sliding', table, implementation, platform)
-  if name == 'splash':
-    return _sliding.sliding_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, window, mesh, start)
+  if name == 'splash' and not past:
+    return _sliding.sliding_splash(*within)
   return reference.sliding(*arguments) if name == 'reference' else _sliding.sliding_chunked(*arguments, start)
 
 

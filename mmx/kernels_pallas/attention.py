@@ -16,6 +16,7 @@ import numpy as np
 
 from mmx.kernels_pallas import splash
 from mmx.kernels_pallas.chunks import join, kept, product, split
+from mmx.kernels_pallas.shards import on_shards
 
 CHUNK = 64  # queries; smaller skips more of the future, larger makes better matrix products
 SPAN = 256  # slots of a cache, or of keys of whole rows, read at once
@@ -137,7 +138,7 @@ def attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh=None, part=
     kernel = jax.tree.map(lambda a: pieces(a)[part.index], kernel)
     return splash.attend(kernel, q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, part.key_segments_BS)
 
-  return splash.on_mesh(shard, mesh if part is None else None, q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
+  return on_shards(shard, mesh if part is None else None, q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ def unsupported(q_BTHDh, k_BSKDh) -> str:
   return '' if Dh in (64, 128) else f'head dim {Dh}; 64 and 128 are supported'
 
 
+def sliding_unsupported(q_BTHDh, k_BSKDh, sink_tokens) -> str:
+  """The same of `sliding_hopper`."""
+  return f'serves no sink tokens, got {sink_tokens}' if sink_tokens else unsupported(q_BTHDh, k_BSKDh)
+
+
 def attention_hopper(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT, mesh=None, part=None, interpret=False):
   """`reference.attention` where each document stands in one piece: [B, T, H, Dh] of q's dtype.
 

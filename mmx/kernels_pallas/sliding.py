@@ -22,6 +22,7 @@ import numpy as np
 
 from mmx.kernels_pallas import splash
 from mmx.kernels_pallas.chunks import join, kept, product, split
+from mmx.kernels_pallas.shards import on_shards
 
 NOWHERE = -1  # segment and position of a key that is not there
 
@@ -61,12 +62,10 @@ def sliding_chunked(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, win
   return kept(join(out_NBHcDh.swapaxes(2, 3), T))
 
 
-def splash_unsupported(q_BTHDh, sink_tokens, past, start) -> str:
+def splash_unsupported(q_BTHDh, sink_tokens, start) -> str:
   """Why `sliding_splash` cannot serve these, in a few words; '' if it can."""
   if sink_tokens:
     return f'serves no sink tokens, got {sink_tokens}'
-  if past:
-    return 'serves no past keys'
   if start is not None and not isinstance(start, int):
     return 'needs to know where the queries begin as the program is built'
   Dh = q_BTHDh.shape[3]
@@ -84,9 +83,9 @@ def sliding_splash(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None,
     interpret: runs the kernel on CPU, for tests.
   """
   T, begin = q_BTHDh.shape[1], start or 0
-  # A block of 512 is worth its waste: by v5p's schedule, kernels forward and backward take 44 cycles a query and head at
-  # W = 1024, of blocks of 256 75, of 128 164, of 1024 47 (v5e 40, 63, 120, 45; v6e 31, 54, 92, 32); at W = 128 they take
-  # 30, 30 and 37. So rows are made up to blocks of 512 too, rather than cut into smaller ones that divide them.
+  # A block of 512 is worth its waste: by v5p's schedule, kernels forward and backward take 44 cycles a query and head
+  # at W = 1024, of blocks of 256 75, of 128 164, of 1024 47 (v5e 40, 63, 120, 45; v6e 31, 54, 92, 32); at W = 128 they
+  # take 30, 30 and 37. So rows are made up to blocks of 512 too, rather than cut into smaller ones that divide them.
   block = next((size for size in reversed(splash.BLOCKS) if size >= T), splash.BLOCKS[0])
   behind = -T % block
   first = begin + -(begin + T + behind) % block  # slot of the first query, with the keys put in front
@@ -99,7 +98,7 @@ def sliding_splash(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None,
     segments = segment_ids_BS[:, first:], segment_ids_BS
     return splash.attend(kernel, _padded(q_BTHDh, 0, behind, 0), k_BSKDh, v_BSKDh, *segments)[:, :T]
 
-  return splash.on_mesh(shard, mesh, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS)
+  return on_shards(shard, mesh, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS)
 
 
 def sliding_slots(q_BTHDh, k_BSKDh, v_BSKDh, slot_positions_BS, positions_BT, window, sink_tokens=0):

@@ -11,7 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 BLOCKS = (512, 256, 128)  # queries and keys; at 196,608 tokens, tables of blocks of 128 exceed scalar memory
 
@@ -42,17 +41,6 @@ def attend(kernel, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT, key_segments_BS):
   scale = jnp.asarray(q_BTHDh.shape[-1] ** -0.5, q_BTHDh.dtype)
   q, k, v = (a.transpose(0, 2, 1, 3) for a in (q_BTHDh * scale, k_BSKDh, v_BSKDh))
   return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids_BT, key_segments_BS)).transpose(0, 2, 1, 3)
-
-
-def on_mesh(function, mesh, q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT):
-  """function on each device's rows (the batch axes) and heads ('tensor'); without a mesh, of all."""
-  inputs = q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT
-  if mesh is None or mesh.size == 1:
-    return function(*inputs)
-  rows = ('replica', 'fsdp', 'expert')
-  heads_spec = P(rows, None, 'tensor', None)
-  specs = (heads_spec, heads_spec, heads_spec, P(rows, None))
-  return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=heads_spec, check_vma=False)(*inputs)
 
 
 @functools.cache

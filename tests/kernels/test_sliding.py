@@ -1,5 +1,7 @@
 """Sliding-window attention: every form equals the oracle; values and cost know nothing of what the window hides."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,17 +81,16 @@ def test_splash_equals_oracle_in_values_and_gradients(window, start, lengths):
   q, k, v, segments, positions = inputs(lengths, H=2, K=1, Dh=128)
   segments = jnp.where(segments == jnp.max(segments, axis=1, keepdims=True), 0, segments)
   target = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)[:, start:]
-  both = {
-      'found': lambda q, k, v: sliding.sliding_splash(q[:, start:], k, v, segments, window, start=start, interpret=True),
-      'wanted': lambda q, k, v: reference.sliding(q, k, v, segments, positions, window)[:, start:],
-  }
+  options = {'start': start, 'interpret': True}
+  found = lambda q, k, v: sliding.sliding_splash(q[:, start:], k, v, segments, window, **options)
+  wanted = lambda q, k, v: reference.sliding(q, k, v, segments, positions, window)[:, start:]
 
   def run(function):
     scalar = lambda *qkv: (jnp.sum((y := function(*qkv)) * target), y)
     (_, y), gradients = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))(q, k, v)
     return y, *gradients
 
-  for one, other in zip(run(both['found']), run(both['wanted'])):
+  for one, other in zip(run(found), run(wanted)):
     np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * (1 + float(jnp.abs(other).max())))
 
 
@@ -230,7 +231,6 @@ def test_cost_of_a_token_knows_nothing_of_the_context_beyond_the_window():
 
 REFUSED = [
     ('serves no sink tokens, got 2', {'sink_tokens': 2}),
-    ('serves no past keys', {'past': True}),
     ('needs head_dim in multiples of 128, got 64', {'Dh': 64}),
     ('needs to know where the queries begin as the program is built', {'start': jnp.int32(4)}),
     ('not for cpu', {'platform': 'cpu'}),
@@ -238,16 +238,18 @@ REFUSED = [
 
 
 def choose(implementation, sink_tokens=0, past=False, start=None, Dh=128, platform='tpu'):
-  """Calls the api with shapes alone; whether a kernel for TPU is in what it makes."""
-  q, k, v, segments, positions = inputs([(8,)], Dh=Dh)
+  """Calls the api with shapes alone; whether a kernel is in what it makes."""
+  q, k, v, segments, positions = inputs([(8,)], Dh=Dh, dtype=jnp.bfloat16)
   choice = {'window': 4, 'sink_tokens': sink_tokens, 'implementation': implementation, 'platform': platform}
   function = lambda q, k, v, start: api.sliding(
       q if start is None else q[:, 4:], k, v, segments, positions, past=(k, v, positions - 8) if past else None,
       start=start, **choice,
   )
   if isinstance(start, jax.Array):
-    return 'pallas_call' in str(jax.make_jaxpr(function)(q, k, v, start))
-  return 'pallas_call' in str(jax.make_jaxpr(lambda *qkv: function(*qkv, start))(q, k, v))
+    made = jax.make_jaxpr(function)(q, k, v, start)
+  else:
+    made = jax.make_jaxpr(lambda *qkv: function(*qkv, start))(q, k, v)
+  return re.search('pallas_call|wgmma', str(made)) is not None
 
 
 @pytest.mark.parametrize('start', [None, 4])
@@ -264,6 +266,12 @@ def test_what_splash_cannot_serve_is_said_and_auto_takes_chunked(reason, what, m
   assert said == [f'sliding: chunked on {platform}' + (f'; not splash: {reason}' if platform == 'tpu' else '')]
   with pytest.raises(api.UnsupportedError, match=f"'splash' cannot be used here: {reason}"):
     choose('splash', **what)
+
+
+@pytest.mark.parametrize('implementation, platform', [('auto', 'tpu'), ('splash', 'tpu'), ('hopper', 'gpu')])
+def test_a_prompt_behind_a_cache_is_served_in_chunks_whatever_kernel_is_named(implementation, platform):
+  assert choose(implementation, platform=platform)
+  assert not choose(implementation, platform=platform, past=True)
 
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
