@@ -29,8 +29,8 @@ TITLES = {'msa_prefill': 'Prefill', 'msa_decode': 'Decode, one token'}
 CHIPS = {'tpu': 'TPU', 'gpu': 'Hopper'}
 FIXTURES = {'tpu': {'compile_for_tpu': 'v5e, v5p, v6e'}, 'gpu': {'compile_for_hopper': 'sm_90a'}}
 # Which kernel of `bench_kernels.py` runs a file's kernel: by the first word of the file's name.
-MEASURED_BY = {'lightning': 'lightning', 'grouped': 'experts', 'index': 'index', 'decode': 'msa_decode',
-               'divergence': 'msa_train'}  # fmt: skip
+MEASURED_BY = {'attention': 'attention', 'lightning': 'lightning', 'grouped': 'experts', 'index': 'index',
+               'decode': 'msa_decode', 'divergence': 'msa_train'}  # fmt: skip
 LIBRARY = 'splash', 'cudnn', 'megablox'
 
 PAGE = """# Kernels: what each is, what it has passed, how fast it is

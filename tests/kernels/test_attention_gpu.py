@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmx import sharding
+from mmx.config import MeshConfig
 from mmx.kernels_pallas import attention_gpu, hopper, reference
 from mmx.kernels_pallas.attention_gpu import FEW, KEYS, TILE, attention_hopper, sight, sliding_hopper, unsupported
 from mmx.kernels_pallas.chunks import Part
+from mmx.layers import context_parallel
 from mmx.layers.context_parallel import swapped_slots
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -71,6 +74,34 @@ def test_a_window_sees_what_the_sliding_oracle_does(window, start):
   attend = lambda q, k, v: sliding_hopper(q, k, v, segments, window, start=start, interpret=hopper.simulator())
   oracle = lambda q, k, v: reference.sliding(q, k, v, segments, positions, window, 0)
   assert_same(attend, oracle, *floats, slots=slots)
+
+
+def in_xla(q, k, v, first, last, runs, interpret):
+  """In place of the kernels, which the simulator runs on one device only."""
+  (B, T, H, Dh), (S, K) = q.shape, k.shape[1:3]
+  key = jnp.arange(S, dtype=jnp.int32)[None, None]
+  seen = (first[:, :, None] <= key) & (key <= last[:, :, None])
+  scores = jnp.einsum('btkgd,bskd->bkgts', q.reshape(B, T, K, H // K, Dh), k) * Dh**-0.5
+  weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+  return jnp.einsum('bkgts,bskd->btkgd', weights, v).reshape(q.shape)
+
+
+@pytest.mark.parametrize('axes', [{'context': 4}, {'context': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 2}], ids=str)
+@pytest.mark.parametrize('what', ['full', 'window'])
+def test_shards_of_rows_tokens_and_heads_are_told_what_they_see(what, axes, monkeypatch):
+  monkeypatch.setattr(attention_gpu, '_attend', in_xla)
+  mesh = sharding.build_mesh(MeshConfig(**{'fsdp': 1} | axes, num_devices=int(np.prod(list(axes.values())))))
+  *floats, segments = make(2, 160, 4, 2, 64)
+  positions = jnp.broadcast_to(jnp.arange(160, dtype=jnp.int32), segments.shape)
+  choice = {'mesh': mesh, 'implementation': 'hopper', 'platform': 'gpu'}
+  if what == 'full':
+    attend = lambda *qkv: context_parallel.attend(*qkv, segments, **choice)
+    oracle = lambda *qkv: reference.attention(*qkv, segments)
+  else:
+    attend = lambda *qkv: context_parallel.slide(*qkv, segments, positions, window=90, sink_tokens=0, **choice)
+    oracle = lambda *qkv: reference.sliding(*qkv, segments, positions, 90)
+  assert 'shard_map' in str(jax.make_jaxpr(attend)(*floats[:3]))
+  assert_same(attend, oracle, *floats)
 
 
 def test_nothing_races_where_memory_is_used_again(races):
