@@ -201,25 +201,30 @@ def choose(kernel, shape, named, o):
 
 def numerics(kernel, names, o):
   """Checks at a small shape; the figures, or the end of the command."""
-  context = 3 * o.block + 37
-  queries = {'msa_decode': 1}.get(kernel, context)
-  few = o._replace(top_k=min(o.top_k, 2), experts=(*o.experts[:2], *(min(n, CHECKED_EXPERTS) for n in o.experts[2:])))
   figures = []
   for name in names:
-    try:
-      odd = Shape(context, queries)
-      case = KERNELS[kernel](few, odd, 2)
-      jax.eval_shape(case.ours(name).function, abstract(case.arguments, few))
-    except UnsupportedError:  # some take multiples of 128 only
-      odd = even(odd)
-      case = KERNELS[kernel](few, odd, 2)
+    few, odd, case = checked(kernel, name, o)
     figures.append(compare(kernel, case, case.ours(name), case.oracle, odd, few))
-  shape = even(Shape(context, queries))
+  shape = even(odd)
   case = KERNELS[kernel](few, shape)
   for peer in case.peers:
     if peer.function is not case.dense_oracle and peer.name not in names:
       figures.append(compare(kernel, case, peer, case.dense_oracle, shape, few))
   return figures
+
+
+def checked(kernel, name, o):
+  """(Options, shape, case) at which an implementation is held against the oracle."""
+  context = 3 * o.block + 37
+  odd = Shape(context, {'msa_decode': 1}.get(kernel, context))
+  few = o._replace(top_k=min(o.top_k, 2), experts=(*o.experts[:2], *(min(n, CHECKED_EXPERTS) for n in o.experts[2:])))
+  case = KERNELS[kernel](few, odd, 2)
+  try:
+    jax.eval_shape(case.ours(name).function, abstract(case.arguments, few))
+  except UnsupportedError:  # some take multiples of 128 only
+    odd = even(odd)
+    case = KERNELS[kernel](few, odd, 2)
+  return few, odd, case
 
 
 def even(shape):

@@ -34,6 +34,7 @@ INDEX = {  # which has no function of the api's own
     'gpu': ('hopper', index_gpu.select_blocks_gpu, index_gpu.unsupported),
 }  # fmt: skip
 EVERYWHERE = 'blocks', 'chunked', 'gather'  # implementations in XLA alone
+LIBRARY = 'splash', 'cudnn', 'megablox'  # somebody else's kernels
 
 
 class Options(NamedTuple):
@@ -135,12 +136,13 @@ def msa_train_flops(o: Options, shape: Shape) -> float:
 
 
 def implementations(kernel: str, o: Options) -> list[str]:
-  """Names, those of one platform before those that serve everywhere; the oracle is not among what is measured."""
+  """Names: our kernels, those of a library, those that serve everywhere; the oracle is not among what is measured."""
   if kernel == 'index':
     return [*INDEX.get(o.platform, ())[:1], 'gather']
   group = GROUPS[kernel.partition('_')[0]]
   names = typing.get_args(group.__dataclass_fields__['implementation'].type)
-  return sorted((name for name in names if name not in ('auto', 'reference')), key=EVERYWHERE.__contains__)
+  measured = (name for name in names if name not in ('auto', 'reference'))
+  return sorted(measured, key=lambda name: (name in EVERYWHERE, name in LIBRARY))
 
 
 def gradient(function, names):

@@ -31,7 +31,6 @@ FIXTURES = {'tpu': {'compile_for_tpu': 'v5e, v5p, v6e'}, 'gpu': {'compile_for_ho
 # Which kernel of `bench_kernels.py` runs a file's kernel: by the first word of the file's name.
 MEASURED_BY = {'attention': 'attention', 'lightning': 'lightning', 'grouped': 'experts', 'index': 'index',
                'decode': 'msa_decode', 'divergence': 'msa_train'}  # fmt: skip
-LIBRARY = 'splash', 'cudnn', 'megablox'
 
 PAGE = """# Kernels: what each is, what it has passed, how fast it is
 
@@ -243,7 +242,7 @@ def kernel_table(results) -> str:
     kinds = {
         result['device_kind'] for result in results if result['device'] == chip for check in result['numerics']
         if check['kernel'].startswith(MEASURED_BY.get(name, 'msa'))
-        and check['implementation'] not in (*kernel_cases.EVERYWHERE, *LIBRARY)
+        and check['implementation'] not in (*kernel_cases.EVERYWHERE, *kernel_cases.LIBRARY)
     }  # fmt: skip
     rows.append([
         f'`{path.name}`', CHIPS[chip], said, 'yes' if 'interpret' in proof or 'simulator(' in proof else 'no',
