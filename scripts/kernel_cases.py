@@ -274,7 +274,9 @@ def msa_cached(o: Options, shape: Shape, count=1) -> Case:
   if T == 1 and o.platform == 'gpu' and o.dtype == jnp.bfloat16:
     tokens_first = lambda a: {f'{key}_BSKDh': jnp.swapaxes(a[key], 1, 2)[:, :N] for key in 'kv'}
     cudnn = lambda a: jax.nn.dot_product_attention(a['q'], a['k_BSKDh'], a['v_BSKDh'], implementation='cudnn')
-    peers, derived = [Side('cudnn', cudnn, *work), *peers], tokens_first
+    choice = {'implementation': 'hopper', 'platform': 'gpu'}
+    parts = Side('hopper, dense', lambda a: api.attend_cached(a['q'], a['k'], a['v'], a['slots'], **choice), *work)
+    peers, derived = [Side('cudnn', cudnn, *work), parts, *peers], tokens_first
   if T == 1 and o.platform == 'tpu' and Dh % 128 == 0:
     peers = [Side('paged_attention', functools.partial(paged_attention, N), *work), *peers]
 

@@ -104,9 +104,19 @@ def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platfor
   return function(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT)
 
 
-def attend_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT):
-  """Causal grouped-query attention of T new tokens against a cache; one form for every platform yet."""
-  return _attention.attention_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT)
+def attend_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, *, implementation='auto', platform='cpu', mesh=None):
+  """Causal grouped-query attention of T new tokens against a cache of S slots; see `attention.attention_cached`.
+
+  'hopper' has a form of its own for it. All others go over spans of the cache.
+
+  Raises:
+    UnsupportedError: 'hopper' does not support the platform or shape.
+  """
+  arguments = q_BTHDh, k_BKSDh, v_BKSDh, positions_BT
+  if implementation != 'hopper':
+    return _attention.attention_cached(*arguments)
+  kernels = _hopper('attention', platform, lambda gpu: gpu.cached_unsupported(q_BTHDh, k_BKSDh))
+  return kernels.attention_cached_hopper(*arguments, mesh)
 
 
 def experts(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, *, implementation, platform,

@@ -34,6 +34,7 @@ TILE = 128  # queries or keys that stay: two warpgroups' rows
 KEYS = 128  # that stream by forward, at once
 FEW = 64  # that stream by backward, where a warpgroup has two products at work beside its sums
 STAGES = 2  # tiles in shared memory: one at work and the next
+MULTIPROCESSORS = 132  # of an H100 or H200
 MEMORY = 2  # the warpgroup that copies; 0 and 1 compute
 WGMMA = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
@@ -84,6 +85,43 @@ def sliding_hopper(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None,
   return on_shards(shard, mesh if start is None else None, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS)
 
 
+def cached_unsupported(q_BTHDh, k_BKSDh) -> str:
+  """The same of `attention_cached_hopper`."""
+  S = k_BKSDh.shape[2]
+  reason = unsupported(q_BTHDh, jax.ShapeDtypeStruct((1, S, k_BKSDh.shape[1], 1), k_BKSDh.dtype))
+  return reason or ('' if S % KEYS == 0 else f'{S} slots; multiples of {KEYS} are supported')
+
+
+def attention_cached_hopper(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, mesh=None, interpret=False):
+  """`attention.attention_cached`: T new queries against a cache that stands where it is. [B, T, H, Dh]; no gradient.
+
+  The G heads of a kv head are queries beside each other, which share its keys. Where there are few, as in decoding, what
+  is used of the cache is cut into as many parts as multiprocessors ask for, and XLA adds up what comes of them.
+  """
+  def shard(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT):
+    B, T, H, Dh = q_BTHDh.shape
+    K, S = k_BKSDh.shape[1:3]
+    N = T * H // K
+    J = max(1, min(MULTIPROCESSORS // (B * K * -(-N // TILE)), S // KEYS))
+    share_B = -(-(jnp.max(positions_BT, axis=1) + 1) // (J * KEYS)) * KEYS
+    first_BJ = jnp.arange(J, dtype=jnp.int32)[None] * share_B[:, None]
+    last_BJT = jnp.minimum(positions_BT[:, None], (first_BJ + share_B[:, None] - 1)[..., None])
+    sights = jnp.stack([jnp.broadcast_to(first_BJ[..., None], last_BJT.shape), last_BJT], axis=2)[:, None, ..., None]
+    sights_R2N = jnp.broadcast_to(sights, (B, K, J, 2, T, H // K)).reshape(-1, 2, N)
+    q_BKTGDh = q_BTHDh.reshape(B, T, K, H // K, Dh).swapaxes(1, 2)
+    q_RN1Dh = jnp.broadcast_to(q_BKTGDh[:, :, None], (B, K, J, *q_BKTGDh.shape[2:])).reshape(-1, N, 1, Dh)
+    alone = lambda x_BKSDh: x_BKSDh.reshape(B * K, S, 1, Dh)
+    out, bits = _attend_tiles(
+        _whole(q_RN1Dh, 1), alone(k_BKSDh), alone(v_BKSDh), _whole(sights_R2N, 2, mode='edge'), interpret
+    )
+    out, bits = out[:, :N].reshape(B, K, J, T, -1, Dh), bits[:, 0, :N].reshape(B, K, J, T, -1, 1)
+    weights = jnp.exp2(bits - jnp.max(bits, axis=2, keepdims=True))
+    out_BKTGDh = jnp.sum(weights * out, axis=2) / jnp.sum(weights, axis=2)
+    return out_BKTGDh.swapaxes(1, 2).reshape(q_BTHDh.shape).astype(q_BTHDh.dtype)
+
+  return on_shards(shard, mesh, q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, cached=True)
+
+
 def sight(key_segments_BS, slots_BT, window=None):
   """First and last slot that each query sees, int32 [B, T] twice: its document's up to its own, `window` at most."""
   slots_BS = jnp.broadcast_to(jnp.arange(key_segments_BS.shape[1], dtype=jnp.int32), key_segments_BS.shape)
@@ -96,12 +134,17 @@ def sight(key_segments_BS, slots_BT, window=None):
 def _attend(q_BTHDh, k_BSKDh, v_BSKDh, first_BT, last_BT, n, interpret):
   """Each query on the keys first..last, both ascending along each of the n runs that T is cut into."""
   B, T, H, Dh = q_BTHDh.shape
-  whole = lambda x, **how: jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE)) + ((0, 0),) * (x.ndim - 2), **how)
   runs = lambda x: x.reshape(B * n, T // n, *x.shape[2:])
   # Queries that are not there see what the last one sees: their rows are zeros, and their gradients.
-  sights_R2T = jnp.stack([whole(runs(x), mode='edge') for x in (first_BT, last_BT)], axis=1)
-  out_RTHDh = _attend_whole(whole(runs(q_BTHDh)), whole(k_BSKDh), whole(v_BSKDh), sights_R2T, interpret)
+  sights_R2T = _whole(jnp.stack([runs(first_BT), runs(last_BT)], axis=1), 2, mode='edge')
+  out_RTHDh = _attend_whole(_whole(runs(q_BTHDh), 1), _whole(k_BSKDh, 1), _whole(v_BSKDh, 1), sights_R2T, interpret)
   return out_RTHDh[:, : T // n].reshape(B, T, H, Dh)
+
+
+def _whole(x, axis, **how):
+  """In whole tiles."""
+  missing = -x.shape[axis] % TILE
+  return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], **how) if missing else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -110,7 +153,8 @@ def _attend_whole(q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, interpret):
   return _forward(q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, interpret)[0]
 
 
-def _forward(q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, interpret):
+def _attend_tiles(q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, interpret):
+  """(out like q, logsumexp of the scores in bits [R, H, T] float32); zeros and -1e30 where nothing is seen."""
   (R, T, H, Dh), dtype = q_RTHDh.shape, q_RTHDh.dtype
   tile = functools.partial(_tile, dtype, Dh)
   out_RTX, bits_RHT = _launch(
@@ -121,8 +165,12 @@ def _forward(q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, interpret):
           asked=plgpu.Barrier(num_barriers=2), full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
           free=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES), turn=plgpu.Barrier(num_barriers=2),
       ),
-  )(_met_keys(sights_R2T, KEYS), sights_R2T, *map(_heads_together, (q_RTHDh, k_BSKDh, v_BSKDh)))
-  out_RTHDh, bits_RHT = kept((out_RTX.reshape(q_RTHDh.shape), bits_RHT))
+  )(_met_keys(sights_R2T, k_BSKDh.shape[1], KEYS), sights_R2T, *map(_heads_together, (q_RTHDh, k_BSKDh, v_BSKDh)))
+  return out_RTX.reshape(q_RTHDh.shape), bits_RHT
+
+
+def _forward(q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, interpret):
+  out_RTHDh, bits_RHT = kept(_attend_tiles(q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, interpret))
   return out_RTHDh, (q_RTHDh, k_BSKDh, v_BSKDh, sights_R2T, out_RTHDh, bits_RHT)
 
 
@@ -147,7 +195,7 @@ def _backward(interpret, residuals, dout_RTHDh):
           q_s=tile(2, ROWS), dout_s=tile(2, ROWS), k_s=tile(STAGES, FEW), v_s=tile(STAGES, FEW),
           asked=plgpu.Barrier(num_arrivals=2, num_barriers=2), **barriers(2),
       ),
-  )(_met_keys(sights_R2T, FEW), sights_R2T, *arrays)
+  )(_met_keys(sights_R2T, S, FEW), sights_R2T, *arrays)
   dk_BSX, dv_BSX = launch(
       _keys_kernel, 'attend_dkv', (B, K, S // TILE),
       out_type=[jax.ShapeDtypeStruct((B, S, K * Dh), dtype)] * 2,
@@ -167,13 +215,15 @@ _attend_whole.defvjp(_forward, _backward)
 # which tiles meet
 
 
-def _met_keys(sights_R2T, keys):
+def _met_keys(sights_R2T, S, keys):
   """Of each tile of queries: its first tile of `keys` keys and the end, and the same of those that all of it sees whole.
 
-  int32 [R, t, 4].
+  int32 [R, t, 4]. A tile that sees nothing meets one nevertheless.
   """
-  low_R2t, high_R2t = (x.reshape(*x.shape[:2], -1, TILE)[..., at] for x, at in ((sights_R2T, 0), (sights_R2T, -1)))
-  begin, end = low_R2t[:, 0] // keys, high_R2t[:, 1] // keys + 1
+  sights_R2tq = sights_R2T.reshape(*sights_R2T.shape[:2], -1, TILE)
+  low_R2t, high_R2t = jnp.min(sights_R2tq, axis=-1), jnp.max(sights_R2tq, axis=-1)
+  begin = jnp.minimum(low_R2t[:, 0], S - 1) // keys
+  end = jnp.maximum(high_R2t[:, 1] // keys, begin) + 1
   whole, whole_end = -(-high_R2t[:, 0] // keys), (low_R2t[:, 1] + 1) // keys
   return jnp.stack([begin, end, whole, whole_end], axis=-1)
 
@@ -294,8 +344,10 @@ def _forward_kernel(met_g, sights_g, q_g, k_g, v_g, out_g, bits_g, *, q_s, k_s, 
     plgpu.barrier_wait(turn.at[group])
     out = add(last, weights, out)
     pl.when(group == 0)(lambda: plgpu.barrier_arrive(turn.at[1]))
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
     mine[...] = (out / _spread(total, out.shape, 0)).astype(mine.dtype)
-    bits_s[group] = top + jnp.log(total) * BITS
+    bits_s[group] = jnp.where(some, top + jnp.log(total) * BITS, lowest)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(mine, out_g.at[row, rows, columns])
     plgpu.copy_smem_to_gmem(bits_s.at[group], bits_g.at[row, head, rows])

@@ -29,14 +29,13 @@ class Attention(nn.Module):
   def __call__(self, x_BTD, context: Context, layer_index, cache):
     """x [B, T, D] -> (y [B, T, D], the cache with these tokens, None)."""
     q_BTHDh, k_BTKDh, v_BTKDh, _, kept = project(self, self.model, x_BTD, context, cache, self.mesh)
+    implementation, platform = self.model.attention.implementation, sharding.platform_of(self.mesh)
+    choice = {'mesh': self.mesh, 'implementation': implementation, 'platform': platform}
     if cache is None:
-      out_BTHDh = context_parallel.attend(
-          q_BTHDh, k_BTKDh, v_BTKDh, context.segment_ids_BT, mesh=self.mesh,
-          implementation=self.model.attention.implementation, platform=sharding.platform_of(self.mesh),
-      )
+      out_BTHDh = context_parallel.attend(q_BTHDh, k_BTKDh, v_BTKDh, context.segment_ids_BT, **choice)
     else:
       cache = kept | append({name: cache[name] for name in 'kv'}, {'k': k_BTKDh, 'v': v_BTKDh}, context)
-      out_BTHDh = api.attend_cached(q_BTHDh, cache['k'], cache['v'], context.positions_BT)
+      out_BTHDh = api.attend_cached(q_BTHDh, cache['k'], cache['v'], context.positions_BT, **choice)
     return project_out(self, out_BTHDh, x_BTD.shape[-1], self.out_scale), cache, None
 
 

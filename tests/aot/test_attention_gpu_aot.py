@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx.kernels_pallas import attention_gpu
+from mmx.kernels_pallas import api, attention_gpu
 from mmx.kernels_pallas.chunks import Part
 
 H, K = 48, 8
@@ -52,3 +52,16 @@ def test_three_kernels_spill_nothing_and_hold_neither_scores_nor_bias(form, Dh, 
   rows, keys = T * H * Dh * 2, S * K * Dh * 2
   print(compiled.memory_analysis().temp_size_in_bytes / rows)
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * rows + 4 * keys
+
+
+@pytest.mark.parametrize('B, T', [(1, 1), (64, 1), (1, 8192)])
+def test_a_cache_of_a_million_slots_is_read_where_it_stands(B, T, compile_for_hopper, assembled):
+  array = lambda *shape: jax.ShapeDtypeStruct((B, *shape), jnp.bfloat16)
+  cache = array(K, 2**20 // B, 128)
+  choice = {'implementation': 'hopper', 'platform': 'gpu'}
+  attend = lambda *a: api.attend_cached(*a, **choice)
+  compiled = compile_for_hopper(attend, array(T, H, 128), cache, cache, jax.ShapeDtypeStruct((B, T), jnp.int32))
+  (kernel,) = assembled().values()
+  assert kernel.spilled == 0
+  # Queries and their parts in tiles of 128 rows: less than a 64th of the cache's 4 GiB.
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**26 + 4 * B * T * H * 128 * 2

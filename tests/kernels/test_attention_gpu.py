@@ -7,8 +7,10 @@ import pytest
 
 from mmx import sharding
 from mmx.config import MeshConfig
-from mmx.kernels_pallas import attention_gpu, hopper, reference
-from mmx.kernels_pallas.attention_gpu import FEW, KEYS, TILE, attention_hopper, sight, sliding_hopper, unsupported
+from mmx.kernels_pallas import attention, attention_gpu, hopper, reference
+from mmx.kernels_pallas.attention_gpu import (
+    FEW, KEYS, TILE, attention_cached_hopper, attention_hopper, sight, sliding_hopper, unsupported,
+)
 from mmx.kernels_pallas.chunks import Part
 from mmx.layers import context_parallel
 from mmx.layers.context_parallel import swapped_slots
@@ -76,6 +78,24 @@ def test_a_window_sees_what_the_sliding_oracle_does(window, start):
   assert_same(attend, oracle, *floats, slots=slots)
 
 
+@pytest.mark.parametrize('lengths, T, H, K, processors', [
+    ((300, 41), 1, 4, 2, 132),  # parts of one tile of keys, of which the second row has but one
+    ((250, 2), 4, 3, 1, 5),  # two parts; padding in front
+    ((400,), 50, 6, 2, 2),  # two tiles of queries, in one part
+], ids=str)
+def test_new_tokens_see_what_the_cache_holds_up_to_their_own(lengths, T, H, K, processors, monkeypatch):
+  monkeypatch.setattr(attention_gpu, 'MULTIPROCESSORS', processors)
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+  q, k, v = (normal(len(lengths), *shape) for shape in ((T, H, 64), (K, 512, 64), (K, 512, 64)))
+  positions = jnp.maximum(jnp.array(lengths, jnp.int32)[:, None] + jnp.arange(T, dtype=jnp.int32)[None] - T, -1)
+  found = jax.jit(lambda *a: attention_cached_hopper(*a, interpret=hopper.simulator()))(q, k, v, positions)
+  wanted = attention.attention_cached(*(x.astype(jnp.float32) for x in (q, k, v)), positions)
+  assert found.dtype == jnp.bfloat16 and jnp.all(found[positions < 0] == 0)
+  wanted = jnp.where((positions >= 0)[..., None, None], wanted, 0)
+  np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=0, atol=1e-2 * float(jnp.abs(wanted).max()))
+
+
 def in_xla(q, k, v, first, last, runs, interpret):
   """In place of the kernels, which the simulator runs on one device only."""
   (B, T, H, Dh), (S, K) = q.shape, k.shape[1:3]
@@ -134,7 +154,7 @@ def test_tiles_that_meet_are_those_of_which_any_query_sees_any_key(window):
   seen = (np.asarray(first)[:, :, None] <= key) & (key <= np.asarray(last)[:, :, None])
   tiles = lambda rows, keys: seen.reshape(2, T // rows, rows, S // keys, keys)
   for keys in (KEYS, FEW):
-    begin, end, whole, whole_end = (np.asarray(attention_gpu._met_keys(sights, keys))[..., i, None] for i in range(4))
+    begin, end, whole, whole_end = (np.asarray(attention_gpu._met_keys(sights, S, keys))[..., i, None] for i in range(4))
     tile = np.arange(S // keys)
     np.testing.assert_array_equal((begin <= tile) & (tile < end), tiles(TILE, keys).any(axis=(2, 4)))
     np.testing.assert_array_equal((whole <= tile) & (tile < whole_end), tiles(TILE, keys).all(axis=(2, 4)))
