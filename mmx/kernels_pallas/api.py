@@ -107,15 +107,18 @@ def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platfor
 def attend_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, *, implementation='auto', platform='cpu', mesh=None):
   """Causal grouped-query attention of T new tokens against a cache of S slots; see `attention.attention_cached`.
 
-  'hopper' has a form of its own for it. All others go over spans of the cache.
+  'hopper' has a form of its own, for caches of whole tiles. All others go over spans of the cache.
 
   Raises:
-    UnsupportedError: 'hopper' does not support the platform or shape.
+    UnsupportedError: 'hopper' does not support the platform, dtype or heads.
   """
   arguments = q_BTHDh, k_BKSDh, v_BKSDh, positions_BT
   if implementation != 'hopper':
     return _attention.attention_cached(*arguments)
-  kernels = _hopper('attention', platform, lambda gpu: gpu.cached_unsupported(q_BTHDh, k_BKSDh))
+  kernels = _hopper('attention', platform, lambda gpu: gpu.unsupported(q_BTHDh, k_BKSDh.swapaxes(1, 2)))
+  if k_BKSDh.shape[2] % kernels.KEYS:
+    _log_once(f'attention: spans of a cache of {k_BKSDh.shape[2]} slots; not hopper: no multiple of {kernels.KEYS}')
+    return _attention.attention_cached(*arguments)
   return kernels.attention_cached_hopper(*arguments, mesh)
 
 

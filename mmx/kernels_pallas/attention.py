@@ -3,8 +3,9 @@
   chunked  CPU (and anywhere): queries in chunks, each against its causal prefix only.
   cudnn    GPU: jax.nn.dot_product_attention's cuDNN kernel.
   splash   TPU: jax's Pallas splash attention, under shard_map when the mesh has several devices.
+  hopper   `attention_gpu`, our own.
 
-`chunked` and `splash` also serve the queries of a part of the rows against keys of whole ones (`chunks.Part`).
+All but `cudnn` also serve the queries of a part of the rows against keys of whole ones (`chunks.Part`).
 
 Letters: B batch, T tokens, H query heads, K kv heads, G = H/K, Dh head dim, c chunk of queries,
 S keys a chunk sees, or of whole rows, or slots of a cache, R = G*c, s slots of a span, n parts, N chunks.

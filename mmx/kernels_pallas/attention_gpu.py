@@ -85,15 +85,8 @@ def sliding_hopper(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None,
   return on_shards(shard, mesh if start is None else None, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS)
 
 
-def cached_unsupported(q_BTHDh, k_BKSDh) -> str:
-  """The same of `attention_cached_hopper`."""
-  S = k_BKSDh.shape[2]
-  reason = unsupported(q_BTHDh, jax.ShapeDtypeStruct((1, S, k_BKSDh.shape[1], 1), k_BKSDh.dtype))
-  return reason or ('' if S % KEYS == 0 else f'{S} slots; multiples of {KEYS} are supported')
-
-
 def attention_cached_hopper(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, mesh=None, interpret=False):
-  """`attention.attention_cached`: T new queries against a cache that stands where it is. [B, T, H, Dh]; no gradient.
+  """`attention.attention_cached` where S is a multiple of KEYS, with the cache where it stands. [B, T, H, Dh]; no gradient.
 
   The G heads of a kv head are queries beside each other, which share its keys. Where there are few, as in decoding, what
   is used of the cache is cut into as many parts as multiprocessors ask for, and XLA adds up what comes of them.

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx.kernels_pallas import api, attention_gpu
+from mmx.kernels_pallas import api
+from mmx.kernels_pallas.attention_gpu import attention_hopper, sliding_hopper
 from mmx.kernels_pallas.chunks import Part
 
 H, K = 48, 8
@@ -15,8 +16,8 @@ def compiled_gradients(compile_for_hopper, attend, T, S, Dh):
   array = lambda length, *rest: jax.ShapeDtypeStruct((1, length, *rest), jnp.bfloat16)
   segments = lambda length: jax.ShapeDtypeStruct((1, length), jnp.int32)
 
-  def total(q, k, v, *segments):
-    return jnp.sum(attend(q, k, v, *segments).astype(jnp.float32))
+  def total(q, k, v, here, all_):
+    return jnp.sum(attend(q, k, v, here=here, all_=all_).astype(jnp.float32))
 
   arguments = array(T, H, Dh), array(S, K, Dh), array(S, K, Dh), segments(T), segments(S)
   return compile_for_hopper(jax.grad(total, (0, 1, 2)), *arguments)
@@ -30,11 +31,11 @@ def part(segments_BS, T):
 
 
 FORMS = {
-    'whole rows': (lambda q, k, v, here, all_: attention_gpu.attention_hopper(q, k, v, all_), 32768, 32768),
+    'whole rows': (lambda *qkv, here, all_: attention_hopper(*qkv, all_), 32768, 32768),
     'a part of rows': (
-        lambda q, k, v, here, all_: attention_gpu.attention_hopper(q, k, v, here, part=part(all_, q.shape[1])), 12288, 196608
+        lambda *qkv, here, all_: attention_hopper(*qkv, here, part=part(all_, here.shape[1])), 12288, 196608
     ),
-    'a window': (lambda q, k, v, here, all_: attention_gpu.sliding_hopper(q, k, v, all_, 1024, start=1023), 8192, 9215),
+    'a window': (lambda *qkv, here, all_: sliding_hopper(*qkv, all_, 1024, start=1023), 8192, 9215),
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mmx import sharding
 from mmx.config import MeshConfig
-from mmx.kernels_pallas import attention, attention_gpu, hopper, reference
+from mmx.kernels_pallas import api, attention, attention_gpu, hopper, reference
 from mmx.kernels_pallas.attention_gpu import (
     FEW, KEYS, TILE, attention_cached_hopper, attention_hopper, sight, sliding_hopper, unsupported,
 )
@@ -48,14 +48,16 @@ def assert_same(attend, oracle, q, k, v, cotangent, slots=None):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-2 * np.abs(want).max())
 
 
-@pytest.mark.parametrize('shape', [(2, 200, 2, 1, 64), (1, 130, 3, 3, 128)], ids=str)
+@pytest.mark.parametrize('shape', [
+    (2, 200, 2, 1, 64), pytest.param((1, 130, 3, 3, 128), marks=pytest.mark.slow),  # 8 s
+], ids=str)
 def test_values_and_gradients_are_those_of_full_attention_within_documents(shape):
   *floats, segments = make(*shape)
   attend = lambda q, k, v: attention_hopper(q, k, v, segments, interpret=hopper.simulator())
   assert_same(attend, lambda q, k, v: reference.attention(q, k, v, segments), *floats)
 
 
-@pytest.mark.parametrize('index', [0, 1])
+@pytest.mark.parametrize('index', [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_part_of_the_queries_sees_keys_of_whole_rows(index):
   """Two runs of 70 queries, in rising order of slots and in falling."""
   *floats, segments = make(1, 280, 2, 1, 64)
@@ -67,7 +69,7 @@ def test_a_part_of_the_queries_sees_keys_of_whole_rows(index):
   assert_same(attend, lambda q, k, v: reference.attention(q, k, v, segments), *floats, slots=slots[index])
 
 
-@pytest.mark.parametrize('window, start', [(50, 0), (129, 37)])
+@pytest.mark.parametrize('window, start', [pytest.param(50, 0, marks=pytest.mark.slow), (129, 37)])
 def test_a_window_sees_what_the_sliding_oracle_does(window, start):
   *floats, segments = make(1, 200, 2, 1, 64)
   slots = np.arange(start, 200)
@@ -81,7 +83,7 @@ def test_a_window_sees_what_the_sliding_oracle_does(window, start):
 @pytest.mark.parametrize('lengths, T, H, K, processors', [
     ((300, 41), 1, 4, 2, 132),  # parts of one tile of keys, of which the second row has but one
     ((250, 2), 4, 3, 1, 5),  # two parts; padding in front
-    ((400,), 50, 6, 2, 2),  # two tiles of queries, in one part
+    pytest.param((400,), 50, 6, 2, 2, marks=pytest.mark.slow),  # two tiles of queries, in one part
 ], ids=str)
 def test_new_tokens_see_what_the_cache_holds_up_to_their_own(lengths, T, H, K, processors, monkeypatch):
   monkeypatch.setattr(attention_gpu, 'MULTIPROCESSORS', processors)
@@ -94,6 +96,14 @@ def test_new_tokens_see_what_the_cache_holds_up_to_their_own(lengths, T, H, K, p
   assert found.dtype == jnp.bfloat16 and jnp.all(found[positions < 0] == 0)
   wanted = jnp.where((positions >= 0)[..., None, None], wanted, 0)
   np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=0, atol=1e-2 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize('slots, kernels', [(256, True), (200, False)])
+def test_a_cache_of_other_lengths_than_whole_tiles_is_served_all_the_same(slots, kernels):
+  array = lambda *shape: jax.ShapeDtypeStruct((2, *shape), jnp.bfloat16)
+  attend = lambda *a: api.attend_cached(*a, implementation='hopper', platform='gpu')
+  made = jax.make_jaxpr(attend)(array(1, 4, 64), *[array(2, slots, 64)] * 2, jax.ShapeDtypeStruct((2, 1), jnp.int32))
+  assert ('wgmma' in str(made)) == kernels and made.out_avals[0].shape == (2, 1, 4, 64)
 
 
 def in_xla(q, k, v, first, last, runs, interpret):

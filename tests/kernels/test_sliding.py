@@ -73,8 +73,11 @@ def test_chunked_equals_oracle_in_values_and_gradients(window, sink_tokens, leng
 
 @pytest.mark.parametrize(
     'window, start, lengths',
-    [(20, None, PACKED), (1, None, [(128,)]), (77, None, [(40, 260), (300,)]), (513, None, [(900, 170, 30)]),
-     (33, 44, [(40, 260), (300,)]), (45, 172, [(300,), (160, 140)]), (600, 1, [(250, 50)]), (130, 600, [(620, 580)])],
+    [(20, None, PACKED), (1, None, [(128,)]), (77, None, [(40, 260), (300,)]), (33, 44, [(40, 260), (300,)]),
+     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+         (513, None, [(900, 170, 30)]), (45, 172, [(300,), (160, 140)]), (600, 1, [(250, 50)]),
+         (130, 600, [(620, 580)]),
+     ])],
 )
 def test_splash_equals_oracle_in_values_and_gradients(window, start, lengths):
   """In interpret mode; the last document is padding. With `start`, of the queries from there on."""
