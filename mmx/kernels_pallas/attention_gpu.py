@@ -1,15 +1,16 @@
 """Attention to one stretch of keys on Hopper: causal within documents, within a window, of queries of a part of a row.
 
 What a query sees of packed documents is one stretch of slots, from where its document or its window begins to its own
-(`sight`). cuDNN would be told by a bias of [T, S], 2 GiB a row at 32,768 tokens, and has no form for a part of a row.
-Here two numbers a query say it, and of each tile XLA works out which tiles it meets: others are neither copied nor
-multiplied, and those that it sees whole not masked.
+(`sight`). cuDNN is told by a bias of [T, S], and has no form for a part of a row. Here two numbers a query say it, and of
+each tile XLA works out which tiles it meets: others are neither copied nor multiplied, and those that it sees whole not
+masked. The gradient of a row of 32,768 tokens at M2's heads, compiled, has 0.39 GiB of temporaries; cuDNN's 4.8.
 
 Three kernels, as in FlashAttention-3 (arXiv:2407.08608): one warpgroup copies in bulk, two multiply. Forward, and for the
-gradient of queries, each of the two has 64 queries of one head and keys stream by; for the gradients of keys and values
-each has 64 keys of one kv head, and the queries of all its heads stream by, with scores as [keys, queries]. So nothing
-is added by atomics and equal inputs give equal bits; scores are made twice in the backward pass, seven products for
-five. None of it has run on a GPU.
+gradient of queries, each of the two has 64 queries of one head and keys stream by; forward they take turns at the matrix
+unit, so that one makes its weights while the other multiplies. For the gradients of keys and values each has 64 keys of
+one kv head, and the queries of all its heads stream by, with scores as [keys, queries]. So nothing is added by atomics
+and equal inputs give equal bits; scores are made twice in the backward pass, seven products for five. None of it has run
+on a GPU.
 
 Letters: B rows, n runs of queries in each, R = B*n, T queries of a run, S key slots, H query heads, K kv heads, G = H/K,
 Dh head dim, t tiles of queries, s tiles of keys.

@@ -116,12 +116,16 @@ def in_xla(q, k, v, first, last, runs, interpret):
   return jnp.einsum('bkgts,bskd->btkgd', weights, v).reshape(q.shape)
 
 
-@pytest.mark.parametrize('axes', [{'context': 4}, {'context': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 2}], ids=str)
+@pytest.mark.parametrize('axes, heads', [
+    ({'context': 4}, (2, 4, 2)), ({'context': 2, 'tensor': 2}, (2, 4, 2)), ({'fsdp': 2, 'tensor': 2}, (2, 4, 2)),
+    ({'fsdp': 2, 'expert': 2, 'tensor': 2}, (2, 3, 1)), ({'fsdp': 2}, (3, 2, 1)),  # some axes divide neither
+], ids=str)
 @pytest.mark.parametrize('what', ['full', 'window'])
-def test_shards_of_rows_tokens_and_heads_are_told_what_they_see(what, axes, monkeypatch):
+def test_shards_of_rows_tokens_and_heads_are_told_what_they_see(what, axes, heads, monkeypatch):
   monkeypatch.setattr(attention_gpu, '_attend', in_xla)
   mesh = sharding.build_mesh(MeshConfig(**{'fsdp': 1} | axes, num_devices=int(np.prod(list(axes.values())))))
-  *floats, segments = make(2, 160, 4, 2, 64)
+  B, H, K = heads
+  *floats, segments = make(B, 160, H, K, 64)
   positions = jnp.broadcast_to(jnp.arange(160, dtype=jnp.int32), segments.shape)
   choice = {'mesh': mesh, 'implementation': 'hopper', 'platform': 'gpu'}
   if what == 'full':
