@@ -87,7 +87,7 @@ def sliding_hopper(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None,
 
 
 def attention_cached_hopper(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, mesh=None, interpret=False):
-  """`attention.attention_cached` where S is a multiple of KEYS, with the cache where it stands. [B, T, H, Dh]; no gradient.
+  """`attention.attention_cached` where S is a multiple of KEYS; the cache stays where it is. [B, T, H, Dh], no gradient.
 
   The G heads of a kv head are queries beside each other, which share its keys. Where there are few, as in decoding, what
   is used of the cache is cut into as many parts as multiprocessors ask for, and XLA adds up what comes of them.
