@@ -269,16 +269,19 @@ def msa_cached(o: Options, shape: Shape, count=1) -> Case:
     return Side(name, function, *msa_work(o, shape))
 
   work = attention_work(o, shape)
-  peers = [Side('spans', lambda a: api.attend_cached(a['q'], a['k'], a['v'], a['slots']), *work)]
-  derived = lambda a: {}
-  if T == 1 and o.platform == 'gpu' and o.dtype == jnp.bfloat16:
-    tokens_first = lambda a: {f'{key}_BSKDh': jnp.swapaxes(a[key], 1, 2)[:, :N] for key in 'kv'}
-    cudnn = lambda a: jax.nn.dot_product_attention(a['q'], a['k_BSKDh'], a['v_BSKDh'], implementation='cudnn')
-    choice = {'implementation': 'hopper', 'platform': 'gpu'}
-    parts = Side('hopper, dense', lambda a: api.attend_cached(a['q'], a['k'], a['v'], a['slots'], **choice), *work)
-    peers, derived = [Side('cudnn', cudnn, *work), parts, *peers], tokens_first
-  if T == 1 and o.platform == 'tpu' and Dh % 128 == 0:
-    peers = [Side('paged_attention', functools.partial(paged_attention, N), *work), *peers]
+  dense = lambda **choice: lambda a: api.attend_cached(a['q'], a['k'], a['v'], a['slots'], **choice)
+  peers, derived = [], lambda a: {}
+  if o.platform == 'gpu' and o.dtype == jnp.bfloat16:
+    if T == 1:
+      derived = lambda a: {f'{key}_BSKDh': jnp.swapaxes(a[key], 1, 2)[:, :N] for key in 'kv'}
+      cudnn = lambda a: jax.nn.dot_product_attention(a['q'], a['k_BSKDh'], a['v_BSKDh'], implementation='cudnn')
+      peers.append(Side('cudnn', cudnn, *work))
+    peers.append(Side('hopper, dense', dense(implementation='hopper', platform='gpu'), *work))
+  if o.platform == 'tpu' and Dh % 128 == 0:
+    if T == 1:
+      peers.append(Side('paged_attention', functools.partial(paged_attention, N), *work))
+    peers.append(Side('pallas, dense', dense(platform='tpu'), *work))
+  peers.append(Side('spans', dense(), *work))
 
   def as_prompt(a):
     """As if the queries before had been zeros, of which no later one knows."""
@@ -286,12 +289,12 @@ def msa_cached(o: Options, shape: Shape, count=1) -> Case:
     rows = lambda x: jnp.swapaxes(x, 1, 2)[:, :N]
     return first(a['q']), rows(a['k']), rows(a['v']), first(a['index_q']), a['index_k'][:, :N], jnp.ones((1, N), int)
 
-  def dense(a):
+  def dense_oracle(a):
     q, k, v, _, _, segments = as_prompt(a)
     return reference.attention(q, k, v, segments)[:, N - T :]
 
   oracle = lambda a: reference.msa(*as_prompt(a), o.block, o.top_k)[0][:, N - T :]
-  return Case(arguments, ours, peers, oracle, dense, derived)
+  return Case(arguments, ours, peers, oracle, dense_oracle, derived)
 
 
 def paged_attention(N, a):

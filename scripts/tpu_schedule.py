@@ -7,8 +7,8 @@ Each kernel is compiled in a child process that has libtpu write its final sched
 a cycle at best, and the slots that each fills. Heads are MiniMax-M3's: 64 of queries, 4 of keys, dimensions of 128,
 blocks of 128, k = 16, bfloat16, segments.
 
-  bundles   of one step of the kernel's grid: every branch, taken or not, but for loops inside, which are counted apart;
-            of branches with matrix products the shortest one alone.
+  bundles   of one step of the kernel's grid, or of the loop within it that `LOOPS` names: every branch, taken or not, but
+            for loops inside, which are counted apart; of branches with matrix products the shortest one alone.
   ideal     cycles of a step's matrix products at the peak of the chip: FLOPs / (2 * units * side**2).
   share     ideal / bundles, 1 at most: the greatest share of the matrix units' time that this schedule can fill.
   slots     of the matrix units that the compiler counts as taken, of all; also of vector units, loads and stores.
@@ -42,7 +42,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from mmx.kernels_pallas import divergence_tpu, index_tpu, resident_tpu, sparse_pairs, sparse_tpu
+from mmx.kernels_pallas import attention_tpu, divergence_tpu, index_tpu, resident_tpu, sparse_pairs, sparse_tpu
 
 H, K, D, DI, BLOCK, TOP_K = 64, 4, 128, 128, 128, 16
 G = H // K
@@ -146,6 +146,10 @@ def splash():
   return run, (array(K, G, T, D), array(K, T, D), array(K, T, D), integers(T))
 
 
+def attend_cache(T):
+  return attention_tpu.attention_cached_pallas, (array(1, T, H, D), *[array(1, K, 2**17, D)] * 2, integers(1, T))
+
+
 select_and_sum = functools.partial(select, index_tpu.select_blocks_and_sum)
 
 KERNELS = {  # name: (what makes function and arguments, the name it compiles to, a step, multiplications of a step)
@@ -162,6 +166,10 @@ KERNELS = {  # name: (what makes function and arguments, the name it compiles to
         select_and_sum, 'msa_index_scores', f'{index_tpu.ROWS} rows of queries, {index_tpu.KEYS} keys',
         index_tpu.ROWS * index_tpu.KEYS * DI),
     'msa_index_logsumexp': (select_and_sum, 'msa_index_logsumexp', '128 rows of queries', 0),
+    'attend_cache': (  # full attention of a chunk of a prompt to all that it sees whole
+        functools.partial(attend_cache, 256), 'attend_cache', '64 queries, 512 keys', 2 * 64 * G * 512 * D),
+    'attend_cache_1': (
+        functools.partial(attend_cache, 1), 'attend_cache', 'a query, 2048 keys', 2 * G * 2048 * D),
     'splash': (splash, 'splash', f'{SPLASH} queries, {SPLASH} keys', 2 * SPLASH * SPLASH * D),
 }
 for r in (1, 2, 4, 8, 16, 32):  # queries that share a block
@@ -169,6 +177,7 @@ for r in (1, 2, 4, 8, 16, 32):  # queries that share a block
   KERNELS['msa_attend_blocks' if r == 32 else f'msa_attend_blocks_{r}'] = (
       functools.partial(attend, r), 'msa_attend_blocks', f'{W} of {r} queries, a block each', W * 2 * r * G * BLOCK * D)
 
+LOOPS = {'attend_cache': 2, 'attend_cache_1': 2}  # that is a step, where it is no step of the grid
 ALL = [name for name in KERNELS if not re.search(r'\d', name)]
 KERNEL = flags.DEFINE_multi_enum('kernel', ALL, list(KERNELS), 'Which kernel; repeat it for several.')
 CHIP = flags.DEFINE_multi_enum('chip', list(CHIPS), list(CHIPS), 'Which chip; repeat it for several.')
@@ -189,7 +198,7 @@ def schedule(kernel, chip):
   side, units = info(chip).mxu_column_size, info(chip).num_mxus
   ideal = products / (units * side**2)
   reports = []
-  for here in ways(every):
+  for here in ways(every, LOOPS.get(kernel, 1)):
     taken = {unit: int(column[here].sum()) for unit, column in taken_of_bundle.items()}
     calls = [re.findall(r'vmatmul\S*\.mxu(\d)', every[i][1]) for i in here]
     named = dict(MXU='matrix', VALU='vector', XLU='across lanes', VLOAD='load', VSTORE='store', SALU='scalar')
@@ -204,9 +213,11 @@ def schedule(kernel, chip):
   return {'chip': chip, 'kernel': kernel, 'step': step, **best, 'most cycles': worst['cycles'], 'loops': loops}
 
 
-def ways(every):
-  """The bundles of a step, as indices, once for each branch that has matrix products: one of those is taken."""
-  step = [i for i, (loop, _) in enumerate(every) if loop == 1]
+def ways(every, loop):
+  """The bundles of a step, the loop of that number, as indices, once for each branch that has matrix products: one of
+  those is taken.
+  """
+  step = [i for i, (inside, _) in enumerate(every) if inside == loop]
   starts = {int(region): i for i, (_, text) in enumerate(every)
             for region in re.findall(r'Start(?:/End empty)? region (\d+)', text)}
   branches = []

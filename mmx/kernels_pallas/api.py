@@ -10,6 +10,7 @@ import functools
 from absl import logging
 
 from mmx.kernels_pallas import attention as _attention
+from mmx.kernels_pallas import attention_tpu as _attention_tpu
 from mmx.kernels_pallas import grouped as _grouped
 from mmx.kernels_pallas import lightning as _lightning
 from mmx.kernels_pallas import lightning_tpu as _lightning_tpu
@@ -107,19 +108,25 @@ def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platfor
 def attend_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, *, implementation='auto', platform='cpu', mesh=None):
   """Causal grouped-query attention of T new tokens against a cache of S slots; see `attention.attention_cached`.
 
-  'hopper' has a form of its own, for caches of whole tiles. All others go over spans of the cache.
+  'hopper' has a form of its own, for caches of whole tiles; so have 'auto' and 'splash' on TPU. All others, and a cache
+  that theirs does not take, go over spans of it.
 
   Raises:
     UnsupportedError: 'hopper' does not support the platform, dtype or heads.
   """
   arguments = q_BTHDh, k_BKSDh, v_BKSDh, positions_BT
-  if implementation != 'hopper':
+  if implementation == 'hopper':
+    kernels = _hopper('attention', platform, lambda gpu: gpu.unsupported(q_BTHDh, k_BKSDh.swapaxes(1, 2)))
+    function = kernels.attention_cached_hopper
+    reason = f'no multiple of {kernels.KEYS}' if k_BKSDh.shape[2] % kernels.KEYS else ''
+  elif implementation in ('auto', 'splash') and platform == 'tpu':
+    function, reason = _attention_tpu.attention_cached_pallas, _attention_tpu.unsupported(q_BTHDh, k_BKSDh)
+  else:
     return _attention.attention_cached(*arguments)
-  kernels = _hopper('attention', platform, lambda gpu: gpu.unsupported(q_BTHDh, k_BKSDh.swapaxes(1, 2)))
-  if k_BKSDh.shape[2] % kernels.KEYS:
-    _log_once(f'attention: spans of a cache of {k_BKSDh.shape[2]} slots; not hopper: no multiple of {kernels.KEYS}')
+  if reason:
+    _log_once(f'attention: spans of a cache of {k_BKSDh.shape[2]} slots; not {function.__name__}: {reason}')
     return _attention.attention_cached(*arguments)
-  return kernels.attention_cached_hopper(*arguments, mesh)
+  return function(*arguments, mesh)
 
 
 def experts(x_ND, ids_Nk, weights_Nk, w_gate_EDF, w_up_EDF, w_down_EFD, *, implementation, platform,

@@ -27,6 +27,12 @@ def test_attention_over_blocks_fills_the_matrix_units(tpu_schedule, kernel, chip
   assert report['bundles'] <= report['cycles'] <= report['most cycles']
 
 
+@pytest.mark.parametrize('chip, least', [('v5e', 0.9), ('v5p', 0.9), ('v6e', 0.7)])
+def test_full_attention_to_a_cache_fills_the_matrix_units_and_splash_less(tpu_schedule, chip, least):
+  report, splash = (tpu_schedule.schedule(kernel, chip) for kernel in ('attend_cache', 'splash'))
+  assert report['ideal'] / report['cycles'] >= least - 0.05 and report['share'] >= least > splash['share'] + 0.2
+
+
 def test_a_naive_step_of_few_rows_fills_less(tpu_schedule):
   """The measure tells a kernel of 2 queries a tile from one of 32: it does not count the products alone."""
   assert tpu_schedule.schedule('msa_attend_blocks_2', 'v5p')['share'] < 0.2
