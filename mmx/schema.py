@@ -21,7 +21,7 @@ class AttentionConfig:
   rope_theta: float = 10_000.0
   qk_norm: Literal['none', 'full_width', 'per_head'] = 'full_width'  # Text-01; M2: one norm over all heads; M3: each
   qk_init: Literal['independent', 'equal'] = 'independent'  # 'equal': tokens match themselves at the start, every mixer
-  implementation: Literal['auto', 'reference', 'chunked', 'cudnn', 'splash', 'hopper'] = 'auto'
+  implementation: Literal['auto', 'reference', 'chunked', 'cudnn', 'splash', 'pallas', 'hopper'] = 'auto'
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SlidingConfig:
 
   window: int = 64  # W, keys a query sees, its own included
   sink_tokens: int = 0  # first tokens of the document that every query sees as well
-  implementation: Literal['auto', 'reference', 'chunked', 'splash', 'hopper'] = 'auto'
+  implementation: Literal['auto', 'reference', 'chunked', 'splash', 'pallas', 'hopper'] = 'auto'
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,9 @@ def dense_prompt(o: Options, shape: Shape) -> list[Side]:
   if o.platform == 'gpu' and o.dtype == jnp.bfloat16:
     cudnn = lambda a: jax.nn.dot_product_attention(a['q'], a['k'], a['v'], is_causal=True, implementation='cudnn')
     return [Side('cudnn without segments', cudnn, *work), named('hopper')]
-  return [named('splash' if o.platform == 'tpu' and o.heads[2] % 128 == 0 else 'chunked')]
+  if o.platform == 'tpu' and o.heads[2] % 128 == 0:
+    return [named('splash'), named('pallas')]
+  return [named('chunked')]
 
 
 def prompt(o: Options, shape: Shape, count: int):

@@ -7,8 +7,8 @@ Each kernel is compiled in a child process that has libtpu write its final sched
 a cycle at best, and the slots that each fills. Heads are MiniMax-M3's: 64 of queries, 4 of keys, dimensions of 128,
 blocks of 128, k = 16, bfloat16, segments.
 
-  bundles   of one step of the kernel's grid, or of the loop within it that `LOOPS` names: every branch, taken or not, but
-            for loops inside, which are counted apart; of branches with matrix products the shortest one alone.
+  bundles   of one step of the kernel's grid, or of a loop within it that has all matrix products: every branch, taken or
+            not, but for loops inside, which are counted apart; of branches or loops with products the shortest alone.
   ideal     cycles of a step's matrix products at the peak of the chip: FLOPs / (2 * units * side**2).
   share     ideal / bundles, 1 at most: the greatest share of the matrix units' time that this schedule can fill.
   slots     of the matrix units that the compiler counts as taken, of all; also of vector units, loads and stores.
@@ -42,7 +42,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from mmx.kernels_pallas import attention_tpu, divergence_tpu, index_tpu, resident_tpu, sparse_pairs, sparse_tpu
+from mmx.kernels_pallas import api, attention_tpu, divergence_tpu, index_tpu, resident_tpu, sparse_pairs, sparse_tpu
 
 H, K, D, DI, BLOCK, TOP_K = 64, 4, 128, 128, 128, 16
 G = H // K
@@ -146,6 +146,14 @@ def splash():
   return run, (array(K, G, T, D), array(K, T, D), array(K, T, D), integers(T))
 
 
+def dense(name):
+  """Full attention and its gradients."""
+  T = 8192
+  attend = functools.partial(api.attend, implementation=name, platform='tpu')
+  call = jax.grad(lambda *a: jnp.sum(attend(*a).astype(jnp.float32)), (0, 1, 2))
+  return call, (array(1, T, H, D), *[array(1, T, K, D)] * 2, integers(1, T))
+
+
 def attend_cache(T):
   return attention_tpu.attention_cached_pallas, (array(1, T, H, D), *[array(1, K, 2**17, D)] * 2, integers(1, T))
 
@@ -166,10 +174,15 @@ KERNELS = {  # name: (what makes function and arguments, the name it compiles to
         select_and_sum, 'msa_index_scores', f'{index_tpu.ROWS} rows of queries, {index_tpu.KEYS} keys',
         index_tpu.ROWS * index_tpu.KEYS * DI),
     'msa_index_logsumexp': (select_and_sum, 'msa_index_logsumexp', '128 rows of queries', 0),
-    'attend_cache': (  # full attention of a chunk of a prompt to all that it sees whole
-        functools.partial(attend_cache, 256), 'attend_cache', '64 queries, 512 keys', 2 * 64 * G * 512 * D),
-    'attend_cache_1': (
-        functools.partial(attend_cache, 1), 'attend_cache', 'a query, 2048 keys', 2 * G * 2048 * D),
+    'attend': (  # full attention, in tiles that all queries of a step see whole
+        functools.partial(attend_cache, 256), 'attend', '64 queries, 512 keys', 2 * 64 * G * 512 * D),
+    'attend_1': (functools.partial(attend_cache, 1), 'attend', 'a query, 2048 keys', 2 * G * 2048 * D),
+    'attend_backward': (
+        functools.partial(dense, 'pallas'), 'attend_backward', '64 queries, 512 keys', 5 * 64 * G * 512 * D),
+    'splash_dq': (
+        functools.partial(dense, 'splash'), 'splash_mha_dq', '512 queries of a head, 512 keys', 3 * 512 * 512 * D),
+    'splash_dkv': (
+        functools.partial(dense, 'splash'), 'splash_mha_dkv', '512 queries of a head, 512 keys', 4 * 512 * 512 * D),
     'splash': (splash, 'splash', f'{SPLASH} queries, {SPLASH} keys', 2 * SPLASH * SPLASH * D),
 }
 for r in (1, 2, 4, 8, 16, 32):  # queries that share a block
@@ -177,7 +190,6 @@ for r in (1, 2, 4, 8, 16, 32):  # queries that share a block
   KERNELS['msa_attend_blocks' if r == 32 else f'msa_attend_blocks_{r}'] = (
       functools.partial(attend, r), 'msa_attend_blocks', f'{W} of {r} queries, a block each', W * 2 * r * G * BLOCK * D)
 
-LOOPS = {'attend_cache': 2, 'attend_cache_1': 2}  # that is a step, where it is no step of the grid
 ALL = [name for name in KERNELS if not re.search(r'\d', name)]
 KERNEL = flags.DEFINE_multi_enum('kernel', ALL, list(KERNELS), 'Which kernel; repeat it for several.')
 CHIP = flags.DEFINE_multi_enum('chip', list(CHIPS), list(CHIPS), 'Which chip; repeat it for several.')
@@ -194,11 +206,11 @@ def schedule(kernel, chip):
   """The figures of a kernel's schedule, as the docstring of this file defines them: a dict."""
   make, file, step, products = KERNELS[kernel]
   found, _ = schedule_files(make, chip)
-  every, (capacity, taken_of_bundle) = found[next(name for name in found if name.startswith(file))]
+  every, (capacity, taken_of_bundle) = found[next(name for name in found if re.match(rf'(transpose_|jvp_)*{file}', name))]
   side, units = info(chip).mxu_column_size, info(chip).num_mxus
   ideal = products / (units * side**2)
   reports = []
-  for here in ways(every, LOOPS.get(kernel, 1)):
+  for here in ways(every):
     taken = {unit: int(column[here].sum()) for unit, column in taken_of_bundle.items()}
     calls = [re.findall(r'vmatmul\S*\.mxu(\d)', every[i][1]) for i in here]
     named = dict(MXU='matrix', VALU='vector', XLU='across lanes', VLOAD='load', VSTORE='store', SALU='scalar')
@@ -213,18 +225,25 @@ def schedule(kernel, chip):
   return {'chip': chip, 'kernel': kernel, 'step': step, **best, 'most cycles': worst['cycles'], 'loops': loops}
 
 
-def ways(every, loop):
-  """The bundles of a step, the loop of that number, as indices, once for each branch that has matrix products: one of
-  those is taken.
+def ways(every):
+  """The bundles of a step, as indices, once for each branch that has matrix products: one of those is taken. If they are
+  all in loops within it, a step is one round of such a loop, and each is a way.
   """
-  step = [i for i, (inside, _) in enumerate(every) if inside == loop]
+  loops = collections.defaultdict(list)
+  for i, (loop, _) in enumerate(every):
+    loops[loop].append(i)
+  step = loops[1]
+  multiplies = lambda here: any('vmatmul' in every[i][1] for i in here)
+  inner = [np.array(here) for here in loops.values() if multiplies(here)]
+  if inner and not multiplies(step):
+    return inner
   starts = {int(region): i for i, (_, text) in enumerate(every)
             for region in re.findall(r'Start(?:/End empty)? region (\d+)', text)}
   branches = []
   for i in step:
     target = re.search(r'sbr\.rel \(%\S+\) target = \$region(\d+)', every[i][1])
     body = range(i + 1, starts.get(int(target[1]), 0)) if target else ()
-    if any('vmatmul' in every[j][1] for j in body):
+    if multiplies(body):
       branches.append(set(body))
   branches = [branch for branch in branches if not any(inner < branch for inner in branches)]
   others = [set().union(*branches) - branch for branch in branches] or [set()]
@@ -306,8 +325,8 @@ def prefill(tokens, chip):
   """Cycles of one layer's attention over a prompt, by part, and its ratios to dense causal attention: a dict.
 
   `dense` is causal attention at the peak of the chip, which nothing reaches; `splash` its kernel's cycles for the tiles
-  that are not above the diagonal. Each query's blocks are drawn at random among those it sees, so that queries share
-  few.
+  that are not above the diagonal, `attend` those of our own. Each query's blocks are drawn at random among those it
+  sees, so that queries share few.
   """
   peak = 2 * info(chip).num_mxus * info(chip).mxu_column_size**2
   bytes_a_cycle = info(chip).mem_bw_bytes_per_second * peak / info(chip).bf16_ops_per_second
@@ -321,10 +340,13 @@ def prefill(tokens, chip):
   dense = 2 * tokens**2 * H * D / peak
   tiles = tokens // SPLASH
   splash_cycles = H * tiles * (tiles + 1) // 2 * schedule('splash', chip)['cycles']
+  met = K * sum(-(-64 * i // 512) for i in range(1, tokens // 64 + 1))
+  attend_cycles = met * schedule('attend', chip)['cycles']
   c, r = chunk(tokens, chip)
   return {
       'chip': chip, 'tokens': tokens, 'parts': parts, 'msa': total, 'dense': round(dense), 'splash': int(splash_cycles),
-      'dense / msa': dense / total, 'splash / msa': splash_cycles / total,
+      'attend': attend_cycles, 'dense / msa': dense / total,
+      'splash / msa': splash_cycles / total, 'attend / msa': attend_cycles / total,
       'queries of a chunk': c, 'queries of a tile': r,
   }
 

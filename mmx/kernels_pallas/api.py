@@ -2,7 +2,8 @@
 a named one is used or raises. The platform is the mesh's, never the host's default backend.
 
 'hopper' names our kernels for GPUs of that generation. 'auto' does not take them: a GPU may be of another one, and they
-have run in the simulator only.
+have run in the simulator only. For that reason too full attention and windows are splash's on TPU before they are ours,
+'pallas', which take 0.5 to 0.6 of its cycles in the compiler's schedule (`scripts/tpu_schedule.py`).
 """
 
 import functools
@@ -84,6 +85,7 @@ def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platfor
   narrow = '' if Dh % 8 == 0 and Dh <= 128 else f'needs head_dim of at most 128, got {Dh}'
   table = [
       ('splash', ('tpu',), lanes),
+      ('pallas', ('tpu',), _attention_tpu.unsupported(q_BTHDh, k_BTKDh)),
       ('cudnn', ('gpu',), _whole(part) or half or narrow),
       ('hopper', (), ''),
       ('chunked', everywhere, ''),
@@ -93,8 +95,9 @@ def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platfor
     kernels = _hopper('attention', platform, lambda gpu: gpu.unsupported(q_BTHDh, k_BTKDh))
     return kernels.attention_hopper(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh, part)
   name = _choose('attention', table, implementation, platform)
-  if name == 'splash':
-    return _attention.attention_splash(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh, part)
+  if name in ('splash', 'pallas'):
+    kernels = _attention.attention_splash if name == 'splash' else _attention_tpu.attention_pallas
+    return kernels(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, mesh, part)
   if part is not None:
     return _attention.attention_part(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, part)
   function = {
@@ -108,23 +111,28 @@ def attend(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, *, implementation, platfor
 def attend_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, *, implementation='auto', platform='cpu', mesh=None):
   """Causal grouped-query attention of T new tokens against a cache of S slots; see `attention.attention_cached`.
 
-  'hopper' has a form of its own, for caches of whole tiles; so have 'auto' and 'splash' on TPU. All others, and a cache
-  that theirs does not take, go over spans of it.
+  'hopper' and, on TPU, 'pallas' have forms of their own for caches of whole tiles; 'auto' and 'splash' take the latter.
+  All others, and what is left of caches, go over spans of the cache.
 
   Raises:
-    UnsupportedError: 'hopper' does not support the platform, dtype or heads.
+    UnsupportedError: 'hopper' or 'pallas' does not support the platform, dtype or heads.
   """
   arguments = q_BTHDh, k_BKSDh, v_BKSDh, positions_BT
+  keys_first = k_BKSDh.swapaxes(1, 2)
   if implementation == 'hopper':
-    kernels = _hopper('attention', platform, lambda gpu: gpu.unsupported(q_BTHDh, k_BKSDh.swapaxes(1, 2)))
-    function = kernels.attention_cached_hopper
-    reason = f'no multiple of {kernels.KEYS}' if k_BKSDh.shape[2] % kernels.KEYS else ''
-  elif implementation in ('auto', 'splash') and platform == 'tpu':
-    function, reason = _attention_tpu.attention_cached_pallas, _attention_tpu.unsupported(q_BTHDh, k_BKSDh)
+    kernels = _hopper('attention', platform, lambda gpu: gpu.unsupported(q_BTHDh, keys_first))
+    function, tile = kernels.attention_cached_hopper, kernels.KEYS
   else:
-    return _attention.attention_cached(*arguments)
-  if reason:
-    _log_once(f'attention: spans of a cache of {k_BKSDh.shape[2]} slots; not {function.__name__}: {reason}')
+    table = [
+        ('pallas', ('tpu',), _attention_tpu.unsupported(q_BTHDh, keys_first)),
+        ('chunked', ('cpu', 'gpu', 'tpu'), ''),
+    ]
+    name = {'splash': 'auto', 'cudnn': 'chunked', 'reference': 'chunked'}.get(implementation, implementation)
+    if _choose('attention against a cache', table, name, platform) == 'chunked':
+      return _attention.attention_cached(*arguments)
+    function, tile = _attention_tpu.attention_cached_pallas, _attention_tpu.SLOTS
+  if k_BKSDh.shape[2] % tile:
+    _log_once(f'attention: spans of a cache of {k_BKSDh.shape[2]} slots, which are no multiple of {tile}')
     return _attention.attention_cached(*arguments)
   return function(*arguments, mesh)
 
@@ -200,6 +208,7 @@ def sliding(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, window, 
   everywhere = ('cpu', 'gpu', 'tpu')
   table = [
       ('splash', ('tpu',), _sliding.splash_unsupported(q_BTHDh, sink_tokens, start)),
+      ('pallas', ('tpu',), _attention_tpu.sliding_unsupported(q_BTHDh, k_BTKDh, sink_tokens)),
       ('hopper', (), ''),
       ('chunked', everywhere, ''),
       ('reference', everywhere, _whole(start)),
@@ -210,8 +219,8 @@ def sliding(q_BTHDh, k_BTKDh, v_BTKDh, segment_ids_BT, positions_BT, *, window, 
     kernels = _hopper('sliding', platform, lambda gpu: gpu.sliding_unsupported(q_BTHDh, k_BTKDh, sink_tokens))
     return _sliding.sliding_chunked(*arguments) if past else kernels.sliding_hopper(*within)
   name = _choose('sliding', table, implementation, platform)
-  if name == 'splash' and not past:
-    return _sliding.sliding_splash(*within)
+  if name in ('splash', 'pallas') and not past:
+    return (_sliding.sliding_splash if name == 'splash' else _attention_tpu.sliding_pallas)(*within)
   return reference.sliding(*arguments) if name == 'reference' else _sliding.sliding_chunked(*arguments, start)
 
 

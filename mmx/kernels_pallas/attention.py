@@ -3,7 +3,8 @@
   chunked  CPU (and anywhere): queries in chunks, each against its causal prefix only.
   cudnn    GPU: jax.nn.dot_product_attention's cuDNN kernel.
   splash   TPU: jax's Pallas splash attention, under shard_map when the mesh has several devices.
-  hopper   `attention_gpu`, our own; against a cache, `attention_tpu` on TPU.
+  pallas   TPU: `attention_tpu`, our own.
+  hopper   `attention_gpu`, our own.
 
 All but `cudnn` also serve the queries of a part of the rows against keys of whole ones (`chunks.Part`).
 

@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmx.kernels_pallas import hopper
-from mmx.kernels_pallas.chunks import kept, places
+from mmx.kernels_pallas.chunks import kept, places, sight
 from mmx.kernels_pallas.shards import on_shards
 
 ROWS = 64  # of a warpgroup's product
@@ -114,15 +114,6 @@ def attention_cached_hopper(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, mesh=None, 
     return out_BKTGDh.swapaxes(1, 2).reshape(q_BTHDh.shape).astype(q_BTHDh.dtype)
 
   return on_shards(shard, mesh, q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, cached=True)
-
-
-def sight(key_segments_BS, slots_BT, window=None):
-  """First and last slot that each query sees, int32 [B, T] twice: its document's up to its own, `window` at most."""
-  slots_BS = jnp.broadcast_to(jnp.arange(key_segments_BS.shape[1], dtype=jnp.int32), key_segments_BS.shape)
-  begins_BS = key_segments_BS[:, 1:] != key_segments_BS[:, :-1]
-  begin_BS = lax.cummax(jnp.where(jnp.pad(begins_BS, ((0, 0), (1, 0)), constant_values=True), slots_BS, 0), axis=1)
-  first_BT = jnp.take_along_axis(begin_BS, slots_BT, axis=1)
-  return first_BT if window is None else jnp.maximum(first_BT, slots_BT - (window - 1)), slots_BT
 
 
 def _attend(q_BTHDh, k_BSKDh, v_BSKDh, first_BT, last_BT, n, interpret):

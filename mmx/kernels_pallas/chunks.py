@@ -31,6 +31,15 @@ def places(segment_ids_BT, part=None):
   return jnp.broadcast_to(slots_T[None], segment_ids_BT.shape), segments
 
 
+def sight(key_segments_BS, slots_BT, window=None):
+  """First and last slot that each query sees, int32 [B, T] twice: its document's up to its own, `window` at most."""
+  slots_BS = jnp.broadcast_to(jnp.arange(key_segments_BS.shape[1], dtype=jnp.int32), key_segments_BS.shape)
+  begins_BS = key_segments_BS[:, 1:] != key_segments_BS[:, :-1]
+  begin_BS = lax.cummax(jnp.where(jnp.pad(begins_BS, ((0, 0), (1, 0)), constant_values=True), slots_BS, 0), axis=1)
+  first_BT = jnp.take_along_axis(begin_BS, slots_BT, axis=1)
+  return first_BT if window is None else jnp.maximum(first_BT, slots_BT - (window - 1)), slots_BT
+
+
 def kept(x):
   """What a mixer's kernels return, for its output and its gradient: `model.remat` 'mixer' keeps it, see layers/block.py."""
   return checkpoint_name(x, 'mixer')

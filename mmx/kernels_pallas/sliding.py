@@ -1,7 +1,8 @@
 """Sliding-window attention with sink tokens; both forms equal `reference.sliding`.
 
   chunked  anywhere: a scan over chunks of queries.
-  splash   TPU: jax's Pallas splash attention, where there are neither sinks nor past keys.
+  splash   TPU: jax's Pallas splash attention, where there are neither sinks nor past keys; there also 'pallas' on TPU,
+           `attention_tpu`, and 'hopper', `attention_gpu`.
 
 A query at position i of its document sees positions j with i - W < j <= i, and those below Z, the document's first. A
 chunk of c queries meets at most Z + W - 1 + c keys: the sinks, the W - 1 keys before it, which the scan carries from

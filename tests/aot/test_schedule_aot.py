@@ -27,10 +27,21 @@ def test_attention_over_blocks_fills_the_matrix_units(tpu_schedule, kernel, chip
   assert report['bundles'] <= report['cycles'] <= report['most cycles']
 
 
-@pytest.mark.parametrize('chip, least', [('v5e', 0.9), ('v5p', 0.9), ('v6e', 0.7)])
-def test_full_attention_to_a_cache_fills_the_matrix_units_and_splash_less(tpu_schedule, chip, least):
-  report, splash = (tpu_schedule.schedule(kernel, chip) for kernel in ('attend_cache', 'splash'))
-  assert report['ideal'] / report['cycles'] >= least - 0.05 and report['share'] >= least > splash['share'] + 0.2
+# Less on v6e: forward, exponentials and sums hold its larger units up.
+@pytest.mark.parametrize('kernel, chip, least', [
+    ('attend', 'v5p', 0.85), ('attend', 'v6e', 0.65), ('attend_backward', 'v5p', 0.9), ('attend_backward', 'v6e', 0.85),
+])
+def test_full_attention_fills_the_matrix_units(tpu_schedule, kernel, chip, least):
+  report = tpu_schedule.schedule(kernel, chip)
+  assert report['ideal'] / report['cycles'] >= least
+
+
+@pytest.mark.parametrize('chip', ['v5p', 'v6e'])
+def test_full_attention_and_its_gradients_take_fewer_cycles_than_splash(tpu_schedule, chip):
+  """Of 1024 queries of a head and 1024 keys."""
+  cycles = lambda kernel, steps: steps * tpu_schedule.schedule(kernel, chip)['cycles']
+  assert cycles('attend', 2) < 0.75 * cycles('splash', 1)
+  assert cycles('attend_backward', 2) < 0.6 * (cycles('splash_dq', 4) + cycles('splash_dkv', 4))
 
 
 def test_a_naive_step_of_few_rows_fills_less(tpu_schedule):

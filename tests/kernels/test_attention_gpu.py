@@ -9,9 +9,9 @@ from mmx import sharding
 from mmx.config import MeshConfig
 from mmx.kernels_pallas import api, attention, attention_gpu, hopper, reference
 from mmx.kernels_pallas.attention_gpu import (
-    FEW, KEYS, TILE, attention_cached_hopper, attention_hopper, sight, sliding_hopper, unsupported,
+    FEW, KEYS, TILE, attention_cached_hopper, attention_hopper, sliding_hopper, unsupported,
 )
-from mmx.kernels_pallas.chunks import Part
+from mmx.kernels_pallas.chunks import Part, sight
 from mmx.layers import context_parallel
 from mmx.layers.context_parallel import swapped_slots
 

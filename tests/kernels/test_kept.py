@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx.kernels_pallas import attention, attention_gpu, lightning_gpu, lightning_tpu, msa_gpu, msa_tpu, sliding, sparse
+from mmx.kernels_pallas import (
+    attention, attention_gpu, attention_tpu, lightning_gpu, lightning_tpu, msa_gpu, msa_tpu, sliding, sparse,
+)
 from mmx.kernels_pallas.chunks import Part
 from mmx.layers.block import REMAT_POLICIES
 
@@ -27,6 +29,7 @@ FORMS = {
     'full, chunked': (HEADS, lambda *qkv: attention.attention_chunked(*qkv, SEGMENTS)),
     'full, a part': (HEADS, lambda *qkv: attention.attention_part(*qkv, SEGMENTS, PART)),
     'full, splash': (HEADS, lambda *qkv: attention.attention_splash(*qkv, SEGMENTS)),
+    'full, TPU': (HEADS, lambda *qkv: attention_tpu.attention_pallas(*qkv, SEGMENTS)),
     'full, Hopper': (HEADS, lambda *qkv: attention_gpu.attention_hopper(*qkv, SEGMENTS)),
     'sliding': (HEADS, lambda *qkv: sliding.sliding_chunked(*qkv, SEGMENTS, PART.slots_nT, 64)),
     'sliding, splash': (HEADS, lambda *qkv: sliding.sliding_splash(*qkv, SEGMENTS, 64)),

@@ -261,17 +261,21 @@ def test_auto_takes_splash_on_tpu(start):
 
 
 @pytest.mark.parametrize('reason, what', REFUSED)
-def test_what_splash_cannot_serve_is_said_and_auto_takes_chunked(reason, what, monkeypatch):
+def test_what_splash_cannot_serve_is_said_and_auto_takes_what_can(reason, what, monkeypatch):
   said = []
   monkeypatch.setattr(api, '_log_once', said.append)
-  assert not choose('auto', **what)
-  platform = what.get('platform', 'tpu')
-  assert said == [f'sliding: chunked on {platform}' + (f'; not splash: {reason}' if platform == 'tpu' else '')]
+  platform, ours = what.get('platform', 'tpu'), isinstance(what.get('start'), jax.Array)
+  assert choose('auto', **what) == ours
+  begins = f'sliding: {"pallas" if ours else "chunked"} on {platform}'
+  assert len(said) == 1 and said[0].startswith(begins + (f'; not splash: {reason}' if platform == 'tpu' else ''))
+  assert ('not pallas' in said[0]) == (platform == 'tpu' and not ours)
   with pytest.raises(api.UnsupportedError, match=f"'splash' cannot be used here: {reason}"):
     choose('splash', **what)
 
 
-@pytest.mark.parametrize('implementation, platform', [('auto', 'tpu'), ('splash', 'tpu'), ('hopper', 'gpu')])
+@pytest.mark.parametrize('implementation, platform', [
+    ('auto', 'tpu'), ('splash', 'tpu'), ('pallas', 'tpu'), ('hopper', 'gpu'),
+])
 def test_a_prompt_behind_a_cache_is_served_in_chunks_whatever_kernel_is_named(implementation, platform):
   assert choose(implementation, platform=platform)
   assert not choose(implementation, platform=platform, past=True)
