@@ -10,7 +10,8 @@ in memory as [B, K, S, Dh], one stretch for each row and kv head, so a cache is 
 Backward, a kv head's keys stay in VMEM with their gradients while its queries come by, tile by tile, and each pair of
 tiles is met once: five products for splash attention's seven. Rows of more keys than VMEM holds are cut into spans, and
 what queries' gradients are of each is added up in memory. Scores are [keys, queries] there, whose logsumexps are lanes.
-Nothing is added in an order that could change: equal inputs give equal bits.
+Nothing is added in an order that could change: equal inputs give equal bits. No kernel states what it costs, as that is
+not known before it runs; `mmx/proof.py` shares attention's FLOPs out among those that do not.
 
 Letters: B rows, T queries, S key slots, H query heads, K kv heads, G = H/K, Dh head dim, t queries of a step and n steps
 of them, R = t*G rows, s keys of a tile, Z = B*K, X = Z*n, N = n*t.
@@ -253,10 +254,6 @@ def _forward_call(q_YNDh, k_BKSDh, v_BKSDh, first_BN, last_BN, G, t, interpret):
           disable_bounds_checks=True,  # of copies, whose slots all exist
           vmem_limit_bytes=WORK_BYTES,
       ),
-      cost_estimate=pl.CostEstimate(  # at most, as what is seen is not known
-          flops=4 * X * R * S * Dh, transcendentals=X * R * S,
-          bytes_accessed=2 * n * Z * S * Dh * k_BKSDh.dtype.itemsize + 2 * q_YNDh.nbytes,
-      ),
       interpret=interpret, name='attend',
   )(
       _met(first_BN, last_BN, t, s, S).reshape(-1), jnp.max(last_BN.reshape(-1, t), axis=1), _sights(first_BN, last_BN, G, t), q_YNDh,
@@ -384,10 +381,6 @@ def _backward_call(bounds_Bn4, sights, q_YTDh, dout_YTDh, stats_X21R, keys, dq_Y
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'arbitrary'), disable_bounds_checks=True,
           vmem_limit_bytes=2 * span * Dh * (dtype.itemsize + 4) + WORK_BYTES,
-      ),
-      cost_estimate=pl.CostEstimate(
-          flops=10 * Y * T * span * Dh, transcendentals=Y * T * span,
-          bytes_accessed=(3 * q_YTDh.nbytes + 4 * Z * span * Dh * dtype.itemsize),
       ),
       interpret=interpret, name='attend_backward',
   )(
