@@ -256,8 +256,8 @@ def _forward_call(q_YNDh, k_BKSDh, v_BKSDh, first_BN, last_BN, G, t, interpret):
       ),
       interpret=interpret, name='attend',
   )(
-      _met(first_BN, last_BN, t, s, S).reshape(-1), jnp.max(last_BN.reshape(-1, t), axis=1), _sights(first_BN, last_BN, G, t), q_YNDh,
-      *(x.reshape(Z, S, Dh) for x in (k_BKSDh, v_BKSDh)),
+      _met(first_BN, last_BN, t, s, S).reshape(-1), jnp.max(last_BN.reshape(-1, t), axis=1),
+      _sights(first_BN, last_BN, G, t), q_YNDh, *(x.reshape(Z, S, Dh) for x in (k_BKSDh, v_BKSDh)),
   )
 
 
