@@ -34,7 +34,7 @@ def values_and_gradients(function, q, k, v, slopes, segments, state):
 
 
 @pytest.mark.parametrize('T, chunk, H, Dh', [
-    (300, 64, 1, 128), pytest.param(200, 128, 2, 64, marks=pytest.mark.slow),  # 10 s each
+    (150, 64, 1, 128), pytest.param(200, 128, 2, 64, marks=pytest.mark.slow),  # 10 s each
 ])
 def test_kernel_equals_recurrent_in_values_and_gradients(T, chunk, H, Dh):
   q, k, v, slopes, segments, state = inputs(2, T, H, Dh)
