@@ -8,6 +8,7 @@ have run in the simulator only. For that reason too full attention and windows a
 
 import functools
 
+import jax
 from absl import logging
 
 from mmx.kernels_pallas import attention as _attention
@@ -118,13 +119,13 @@ def attend_cached(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, *, implementation='au
     UnsupportedError: 'hopper' or 'pallas' does not support the platform, dtype or heads.
   """
   arguments = q_BTHDh, k_BKSDh, v_BKSDh, positions_BT
-  keys_first = k_BKSDh.swapaxes(1, 2)
+  tokens_first = jax.eval_shape(lambda k_BKSDh: k_BKSDh.swapaxes(1, 2), k_BKSDh)
   if implementation == 'hopper':
-    kernels = _hopper('attention', platform, lambda gpu: gpu.unsupported(q_BTHDh, keys_first))
+    kernels = _hopper('attention', platform, lambda gpu: gpu.unsupported(q_BTHDh, tokens_first))
     function, tile = kernels.attention_cached_hopper, kernels.KEYS
   else:
     table = [
-        ('pallas', ('tpu',), _attention_tpu.unsupported(q_BTHDh, keys_first)),
+        ('pallas', ('tpu',), _attention_tpu.unsupported(q_BTHDh, tokens_first)),
         ('chunked', ('cpu', 'gpu', 'tpu'), ''),
     ]
     name = {'splash': 'auto', 'cudnn': 'chunked', 'reference': 'chunked'}.get(implementation, implementation)
