@@ -154,6 +154,12 @@ def dense(name):
   return call, (array(1, T, H, D), *[array(1, T, K, D)] * 2, integers(1, T))
 
 
+def warm_up():
+  T = 8192
+  call = functools.partial(api.msa_prefix_kl, implementation='auto', platform='tpu')
+  return call, (array(1, T, H, D), array(1, T, K, D), array(1, T, K, DI), array(1, T, DI), integers(1, T))
+
+
 def attend_cache(T):
   return attention_tpu.attention_cached_pallas, (array(1, T, H, D), *[array(1, K, 2**17, D)] * 2, integers(1, T))
 
@@ -179,6 +185,8 @@ KERNELS = {  # name: (what makes function and arguments, the name it compiles to
     'attend_1': (functools.partial(attend_cache, 1), 'attend', 'a query, 2048 keys', 2 * G * 2048 * D),
     'attend_backward': (
         functools.partial(dense, 'pallas'), 'attend_backward', '64 queries, 512 keys', 5 * 64 * G * 512 * D),
+    'msa_warmup_divergence': (
+        warm_up, 'msa_warmup_divergence', '128 queries, 256 keys', 128 * 256 * (G * D + 3 * DI)),
     'splash_dq': (
         functools.partial(dense, 'splash'), 'splash_mha_dq', '512 queries of a head, 512 keys', 3 * 512 * 512 * D),
     'splash_dkv': (

@@ -20,6 +20,7 @@ from mmx.kernels_pallas import msa_tpu as _msa_tpu
 from mmx.kernels_pallas import reference
 from mmx.kernels_pallas import sliding as _sliding
 from mmx.kernels_pallas import sparse as _sparse
+from mmx.kernels_pallas import warmup_tpu as _warmup_tpu
 
 
 class UnsupportedError(ValueError):
@@ -286,12 +287,24 @@ def msa(q_BTHDh, k_BTKDh, v_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, 
   return {'pallas': _msa_tpu.msa_pallas, 'gather': _sparse.msa_gather}[name](*arguments, part=part)
 
 
-def msa_prefix_kl(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, implementation, part=None):
-  """The divergence of MSA's dense warm-up, kl [B]; see `reference.msa_prefix_kl`. One form for every platform."""
+def msa_prefix_kl(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT, *, implementation, platform='cpu',
+                  part=None):
+  """The divergence of MSA's dense warm-up, kl [B]; see `reference.msa_prefix_kl`.
+
+  A kernel has it on TPU; 'hopper', and a shape that the kernel does not take, are served by 'gather'.
+  """
   arguments = q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_BT
-  if implementation == 'reference' and part is None:
+  everywhere = ('cpu', 'gpu', 'tpu')
+  table = [
+      ('pallas', ('tpu',), _warmup_tpu.unsupported(q_BTHDh, k_BTKDh, index_q_BTKDi)),
+      ('gather', everywhere, ''),
+      ('reference', everywhere, _whole(part)),
+  ]
+  name = {'pallas': 'auto', 'hopper': 'gather'}.get(implementation, implementation)
+  name = _choose("msa's warm-up", table, 'gather' if name == 'reference' and part is not None else name, platform)
+  if name == 'reference':
     return reference.msa_prefix_kl(*arguments)
-  return _sparse.msa_prefix_kl_gather(*arguments, part)
+  return (_warmup_tpu.msa_prefix_kl_pallas if name == 'pallas' else _sparse.msa_prefix_kl_gather)(*arguments, part)
 
 
 def msa_cached(q_BTHDh, k_BKSDh, v_BKSDh, index_q_BTKDi, index_k_BSDi, slots_BT, *, block_size, top_k, implementation,

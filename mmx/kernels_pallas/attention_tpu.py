@@ -105,15 +105,15 @@ def attention_cached_pallas(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, mesh=None, 
       out, _ = _forward_call(rows, k_BKSDh, v_BKSDh, jnp.zeros_like(positions_BT), positions_BT, 1, T * G, interpret)
       return out.reshape(B, K, T, G, Dh).swapaxes(1, 2).reshape(q_BTHDh.shape)
     t = _tokens(G)
-    last_BN = _whole(positions_BT, t, constant_values=-1)
-    rows = _heads_first(_whole(q_BTHDh, t))
+    last_BN = whole(positions_BT, t, constant_values=-1)
+    rows = heads_first(whole(q_BTHDh, t))
     out, _ = _forward_call(rows, k_BKSDh, v_BKSDh, jnp.zeros_like(last_BN), last_BN, G, t, interpret)
-    return _tokens_first(out, B)[:, :T]
+    return tokens_first(out, B)[:, :T]
 
   return on_shards(shard, mesh, q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, cached=True)
 
 
-def _whole(x, tile, **how):
+def whole(x, tile, **how):
   """With so many tokens that they are whole tiles."""
   missing = -x.shape[1] % tile
   return jnp.pad(x, [(0, missing if i == 1 else 0) for i in range(x.ndim)], **how) if missing else x
@@ -124,12 +124,12 @@ def _tokens(G):
   return max(16, 2 ** ((ROWS // G).bit_length() - 1))
 
 
-def _heads_first(x_BTHDh):
+def heads_first(x_BTHDh):
   B, T, H, Dh = x_BTHDh.shape
   return x_BTHDh.swapaxes(1, 2).reshape(B * H, T, Dh)
 
 
-def _tokens_first(x_YTDh, B):
+def tokens_first(x_YTDh, B):
   return x_YTDh.reshape(B, -1, *x_YTDh.shape[1:]).swapaxes(1, 2)
 
 
@@ -138,11 +138,11 @@ def _attend_rows(q_BTHDh, k_BSKDh, v_BSKDh, first_BT, last_BT, interpret):
   B, T, H, _ = q_BTHDh.shape
   G = H // k_BSKDh.shape[2]
   # Queries that are not there see what the last one sees: their rows are zeros, and their gradients.
-  first_BT, last_BT = (_whole(x, LANES, mode='edge') for x in (first_BT, last_BT))
-  q_YTDh = _heads_first(_whole(q_BTHDh, LANES))
-  keys = (_whole(x, LANES).swapaxes(1, 2) for x in (k_BSKDh, v_BSKDh))
+  first_BT, last_BT = (whole(x, LANES, mode='edge') for x in (first_BT, last_BT))
+  q_YTDh = heads_first(whole(q_BTHDh, LANES))
+  keys = (whole(x, LANES).swapaxes(1, 2) for x in (k_BSKDh, v_BSKDh))
   t = math.gcd(q_YTDh.shape[1], _tokens(G))
-  return _tokens_first(_attend(q_YTDh, *keys, first_BT, last_BT, G, t, interpret), B)[:, :T]
+  return tokens_first(_attend(q_YTDh, *keys, first_BT, last_BT, G, t, interpret), B)[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -162,10 +162,10 @@ def _backward(G, t, interpret, residuals, dout_YTDh):
   delta_X1R = delta_YT.reshape(B * K, G, T // t, t).swapaxes(1, 2).reshape(bits_X1R.shape)
   s = math.gcd(S, FEW)
   spans, span = _spans(S, s, Dh, k_BKSDh.dtype.itemsize)
-  bounds_Bn4, sights = _met(first_BT, last_BT, t, s, S), _sights(first_BT, last_BT, G, t)
+  bounds_Bn4, sights_Y2R = met(first_BT, last_BT, t, s, S), sights(first_BT, last_BT, G, t)
   keys = [x.reshape(B * K, S, Dh) for x in (k_BKSDh, v_BKSDh)]
   call = functools.partial(
-      _backward_call, bounds_Bn4, sights, q_YTDh, dout_YTDh.astype(q_YTDh.dtype),
+      _backward_call, bounds_Bn4, sights_Y2R, q_YTDh, dout_YTDh.astype(q_YTDh.dtype),
       jnp.stack([bits_X1R, delta_X1R], axis=1), keys, s=s, span=span, interpret=interpret,
   )
   if spans == 1:
@@ -176,7 +176,7 @@ def _backward(G, t, interpret, residuals, dout_YTDh):
       return dq, dkeys
 
     dq, (dk, dv) = lax.scan(one_span, jnp.zeros(q_YTDh.shape, jnp.float32), jnp.arange(spans, dtype=jnp.int32))
-    dk, dv = (_joined(x, S) for x in (dk, dv))
+    dk, dv = (joined(x, S) for x in (dk, dv))
   return dq.astype(q_YTDh.dtype), dk.reshape(k_BKSDh.shape), dv.reshape(v_BKSDh.shape), None, None
 
 
@@ -191,14 +191,14 @@ def _spans(S, s, Dh, itemsize):
   return -(-S // span), span
 
 
-def _joined(x_jZsDh, S):
+def joined(x_jZsDh, S):
   """[Z, S, Dh] of spans of which the last begins within the one before."""
   spans, Z, span, Dh = x_jZsDh.shape
   before = x_jZsDh[:-1].swapaxes(0, 1).reshape(Z, (spans - 1) * span, Dh)
   return jnp.concatenate([before, x_jZsDh[-1, :, spans * span - S :]], axis=1)
 
 
-def _met(first_BT, last_BT, t, s, S):
+def met(first_BT, last_BT, t, s, S):
   """Of each step's queries the first tile of s keys and the end, and the same of those that all of them see whole.
 
   int32 [B, n, 4]. A query whose last is below its first, such as -1, is not there.
@@ -215,7 +215,16 @@ def _met(first_BT, last_BT, t, s, S):
   return jnp.stack([begin, end, whole, whole_end], axis=-1)
 
 
-def _sights(first_BT, last_BT, G, t):
+def logsumexps(q_BTHDh, k_BSKDh, first_BT, last_BT, interpret=False):
+  """Of each query's scores of the keys first..last, in bits: [B, H, T] float32; T is a multiple of LANES."""
+  (B, T, H, _), K = q_BTHDh.shape, k_BSKDh.shape[2]
+  G, k_BKSDh = H // K, k_BSKDh.swapaxes(1, 2)
+  t = math.gcd(T, _tokens(G))
+  _, bits = _forward_call(heads_first(q_BTHDh), k_BKSDh, k_BKSDh, first_BT, last_BT, G, t, interpret)
+  return bits.reshape(B, K, T // t, G, t).swapaxes(2, 3).reshape(B, H, T)
+
+
+def sights(first_BT, last_BT, G, t):
   """Of each row of a step, int32 [B*n, 2, R]."""
   B = first_BT.shape[0]
   rows = lambda x: jnp.tile(x.reshape(-1, t), (1, G))
@@ -256,8 +265,8 @@ def _forward_call(q_YNDh, k_BKSDh, v_BKSDh, first_BN, last_BN, G, t, interpret):
       ),
       interpret=interpret, name='attend',
   )(
-      _met(first_BN, last_BN, t, s, S).reshape(-1), jnp.max(last_BN.reshape(-1, t), axis=1),
-      _sights(first_BN, last_BN, G, t), q_YNDh, *(x.reshape(Z, S, Dh) for x in (k_BKSDh, v_BKSDh)),
+      met(first_BN, last_BN, t, s, S).reshape(-1), jnp.max(last_BN.reshape(-1, t), axis=1),
+      sights(first_BN, last_BN, G, t), q_YNDh, *(x.reshape(Z, S, Dh) for x in (k_BKSDh, v_BKSDh)),
   )
 
 
@@ -344,7 +353,7 @@ def _wide(x_RL, width):
 # backward
 
 
-def _backward_call(bounds_Bn4, sights, q_YTDh, dout_YTDh, stats_X21R, keys, dq_YTDh, i, *, s, span, interpret):
+def _backward_call(bounds_Bn4, sights_Y2R, q_YTDh, dout_YTDh, stats_X21R, keys, dq_YTDh, i, *, s, span, interpret):
   """(gradients of queries, of the keys and values of span i [Z, span, Dh]).
 
   dq: None, or what other spans gave, float32; then its sum with this one's is returned.
@@ -384,8 +393,8 @@ def _backward_call(bounds_Bn4, sights, q_YTDh, dout_YTDh, stats_X21R, keys, dq_Y
       ),
       interpret=interpret, name='attend_backward',
   )(
-      first.reshape(1), count_B, order_Bn.reshape(-1), bounds_Bn4.reshape(-1), sights, stats_X21R, q_YTDh, dout_YTDh,
-      *keys, *grown,
+      first.reshape(1), count_B, order_Bn.reshape(-1), bounds_Bn4.reshape(-1), sights_Y2R, stats_X21R, q_YTDh,
+      dout_YTDh, *keys, *grown,
   )
 
 

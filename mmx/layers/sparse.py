@@ -96,14 +96,15 @@ class SparseAttention(nn.Module):
       return self._sharded(shard, (True, False), *inputs)
 
     def dense(q, k, v, index_q, index_k, segment_ids):
+      platform = sharding.platform_of(self.mesh)
+
       def shard(q, k, index_q, index_k, segment_ids):
         part, k, index_k = context_parallel.whole_rows(self.mesh, segment_ids, k, index_k)
-        return (api.msa_prefix_kl(q, k, index_q, index_k, segment_ids, implementation=c.implementation, part=part),)
+        choice = {'implementation': c.implementation, 'platform': platform}
+        return (api.msa_prefix_kl(q, k, index_q, index_k, segment_ids, part=part, **choice),)
 
-      out = context_parallel.attend(
-          q, k, v, segment_ids, mesh=self.mesh, implementation=self.model.attention.implementation,
-          platform=sharding.platform_of(self.mesh),
-      )
+      choice = {'implementation': self.model.attention.implementation, 'platform': platform}
+      out = context_parallel.attend(q, k, v, segment_ids, mesh=self.mesh, **choice)
       return out, *self._sharded(shard, (False,), q, k, index_q, index_k, segment_ids)
 
     out, kl = sparse(*inputs) if warmup is None else jax.lax.cond(warmup, dense, sparse, *inputs)

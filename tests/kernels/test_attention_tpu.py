@@ -138,7 +138,7 @@ def test_tiles_that_meet_are_those_of_which_any_query_sees_any_key(window):
   segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 5, (2, S)), axis=1), jnp.int32)
   slots = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (2, S))
   first, last = attention_tpu.sight(segments, slots, window)
-  begin, end, whole, whole_end = (np.asarray(attention_tpu._met(first, last, t, s, S))[..., i, None] for i in range(4))
+  begin, end, whole, whole_end = (np.asarray(attention_tpu.met(first, last, t, s, S))[..., i, None] for i in range(4))
   key, tile = np.arange(S), np.arange(S // s)
   seen = (np.asarray(first)[:, :, None] <= key) & (key <= np.asarray(last)[:, :, None])
   tiles = seen.reshape(2, S // t, t, S // s, s)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmx.kernels_pallas import (
-    attention, attention_gpu, attention_tpu, lightning_gpu, lightning_tpu, msa_gpu, msa_tpu, sliding, sparse,
+    attention, attention_gpu, attention_tpu, lightning_gpu, lightning_tpu, msa_gpu, msa_tpu, sliding, sparse, warmup_tpu,
 )
 from mmx.kernels_pallas.chunks import Part
 from mmx.layers.block import REMAT_POLICIES
@@ -37,6 +37,7 @@ FORMS = {
     'lightning, Hopper': lightning(lightning_gpu.lightning_hopper),
     'msa, gather': (HEADS + INDEX, lambda *a: sparse.msa_gather(*a, SEGMENTS, 64, 2)),
     'msa, warming up': (HEADS[:2] + INDEX, lambda *a: sparse.msa_prefix_kl_gather(*a, SEGMENTS)),
+    'msa, warming up, TPU': (HEADS[:2] + INDEX, lambda *a: warmup_tpu.msa_prefix_kl_pallas(*a, SEGMENTS)),
     'msa, TPU': (HEADS + INDEX, lambda *a: msa_tpu.msa_pallas(*a, SEGMENTS, 64, 2)),
     'msa, Hopper': (HEADS + INDEX, lambda *a: msa_gpu.msa_hopper(*a, SEGMENTS, 64, 2)),
 }
