@@ -76,11 +76,11 @@ def test_a_run_prints_the_table_and_writes_where_it_ran(figures):
 
 
 def test_float8_index_heads_are_right_and_counted_as_bytes(bench, tmp_path):
-  flags = ['--kernel=msa_decode', '--kernel=msa_prefill', '--shapes=64', f'--output={tmp_path}/figures.json']
+  flags = ['--kernel=msa_decode', '--shapes=64', f'--output={tmp_path}/figures.json']
   bench.main([*TINY, *flags, '--index_dtype=float8_e4m3fn'])
   result = json.loads((tmp_path / 'figures.json').read_text())
   assert result['index_dtype'] == 'float8_e4m3fn' and result['dtype'] == 'float32'
-  assert {check['kernel'] for check in result['numerics']} >= {'msa_decode', 'msa_prefill'}
+  assert 'msa_decode' in {check['kernel'] for check in result['numerics']}
   decode = result['cases'][0]['sides']['gather']
   assert decode['bytes'] == (1 * 2 * 16 + 64 * 16) + 4 * (2 * 32 * 2 * 16 + 2 * 4 * 16)
 

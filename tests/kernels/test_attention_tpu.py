@@ -68,7 +68,7 @@ def assert_same(attend, oracle, q, k, v, cotangent, slots=None):
 
 @pytest.mark.parametrize('shape, span', [
     ((2, 200, 4, 2), None), ((1, 384, 3, 1), 256),  # the last span begins within the one before
-    ((1, 130, 2, 2, jnp.bfloat16), None), ((1, 256, 2, 1, jnp.float32, 256), None),
+    ((1, 130, 2, 2, jnp.bfloat16), None), pytest.param((1, 256, 2, 1, jnp.float32, 256), None, marks=pytest.mark.slow),
 ], ids=str)
 def test_values_and_gradients_are_those_of_full_attention_within_documents(shape, span, small):
   small(span=span)
@@ -77,7 +77,7 @@ def test_values_and_gradients_are_those_of_full_attention_within_documents(shape
   assert_same(attend, lambda q, k, v: reference.attention(q, k, v, segments), *floats)
 
 
-@pytest.mark.parametrize('index', [0, 1])
+@pytest.mark.parametrize('index', [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_part_of_the_queries_sees_keys_of_whole_rows(index, small):
   """Two runs of 128 queries, of which a step never has some of both; spans that no query of a part's sees."""
   small(span=128)
@@ -88,7 +88,9 @@ def test_a_part_of_the_queries_sees_keys_of_whole_rows(index, small):
   assert_same(attend, lambda q, k, v: reference.attention(q, k, v, segments), *floats, slots=slots[index])
 
 
-@pytest.mark.parametrize('window, start, span', [(50, 0, 128), (129, 37, None)])
+@pytest.mark.parametrize('window, start, span', [
+    (50, 0, 128), pytest.param(129, 37, None, marks=pytest.mark.slow),
+])
 def test_a_window_sees_what_the_sliding_oracle_does(window, start, span, small):
   small(span=span)
   *floats, segments = make(2, 300, 2, 1)
@@ -100,8 +102,10 @@ def test_a_window_sees_what_the_sliding_oracle_does(window, start, span, small):
   assert_same(attend, oracle, *floats, slots=slots)
 
 
-@pytest.mark.parametrize('axes', [{'context': 2, 'tensor': 2}, {'fsdp': 2, 'tensor': 2}], ids=str)
-@pytest.mark.parametrize('what', ['full', 'window'])
+@pytest.mark.parametrize('what, axes', [
+    ('full', {'context': 2, 'tensor': 2}), ('full', {'fsdp': 2, 'tensor': 2}), ('window', {'context': 2, 'tensor': 2}),
+    pytest.param('window', {'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
+], ids=str)
 def test_shards_of_rows_tokens_and_heads_are_told_what_they_see(what, axes, small, monkeypatch):
   small()
   for name in ('attention_pallas', 'sliding_pallas'):
