@@ -80,6 +80,7 @@ def test_axes_of_the_mesh_change_no_loss_and_no_gradient(axes, monkeypatch):
   equals_one_device(SMALL, axes, monkeypatch)
 
 
+@pytest.mark.slow  # 10 s, the same axes once more
 def test_experts_that_lie_whole_as_on_gpus_change_no_loss_and_no_gradient(monkeypatch):
   monkeypatch.setattr(sharding, 'MESH_AXIS_OF_LARGE', sharding.MESH_AXIS_OF_LARGE_ON_GPU)
   equals_one_device(SMALL, ('expert', 'context'), monkeypatch)
