@@ -27,8 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmx.kernels_pallas import hopper
-from mmx.kernels_pallas.chunks import kept, places, sight
-from mmx.kernels_pallas.shards import on_shards
+from mmx.kernels_pallas.chunks import kept
+from mmx.kernels_pallas.shards import on_documents, on_shards, on_windows
 
 ROWS = 64  # of a warpgroup's product
 TILE = 128  # queries or keys that stay: two warpgroups' rows
@@ -65,12 +65,9 @@ def attention_hopper(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT, mesh=None, part=
     part: see `chunks.Part`; within a shard_map.
     interpret: False for the card, `hopper.simulator()` for tests.
   """
-  def shard(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT):
-    slots_BT, (_, key_segments_BS) = places(segment_ids_BT, part)
-    in_order = part is None or bool(np.all(np.diff(part.slots_nT) == 1))
-    return _attend(q_BTHDh, k_BSKDh, v_BSKDh, *sight(key_segments_BS, slots_BT), 1 if in_order else 2, interpret)
-
-  return on_shards(shard, mesh if part is None else None, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT)
+  in_order = part is None or bool(np.all(np.diff(part.slots_nT) == 1))
+  attend = functools.partial(_attend, n=1 if in_order else 2, interpret=interpret)
+  return on_documents(attend, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT, mesh, part)
 
 
 def sliding_hopper(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None, start=None, interpret=False):
@@ -78,12 +75,8 @@ def sliding_hopper(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None,
 
   With `start`, within a shard_map, queries are those at the slots from there on; else `mesh` as in `attention_hopper`.
   """
-  def shard(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS):
-    slots_T = jnp.arange(q_BTHDh.shape[1], dtype=jnp.int32) + (0 if start is None else start)
-    slots_BT = jnp.broadcast_to(slots_T, q_BTHDh.shape[:2])
-    return _attend(q_BTHDh, k_BSKDh, v_BSKDh, *sight(segment_ids_BS, slots_BT, window), 1, interpret)
-
-  return on_shards(shard, mesh if start is None else None, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS)
+  attend = functools.partial(_attend, n=1, interpret=interpret)
+  return on_windows(attend, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh, start)
 
 
 def attention_cached_hopper(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, mesh=None, interpret=False):

@@ -26,9 +26,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mmx.kernels_pallas.chunks import kept, kernel_product, places, sight
+from mmx.kernels_pallas.chunks import kept, kernel_product
 from mmx.kernels_pallas.resident_tpu import vmem_bytes
-from mmx.kernels_pallas.shards import on_shards
+from mmx.kernels_pallas.shards import on_documents, on_shards, on_windows
 from mmx.kernels_pallas.sparse import MASKED
 
 ROWS = 1024  # most of a step
@@ -70,11 +70,8 @@ def attention_pallas(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT, mesh=None, part=
     part: see `chunks.Part`; within a shard_map.
     interpret: as `pl.pallas_call` takes it.
   """
-  def shard(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT):
-    slots_BT, (_, key_segments_BS) = places(segment_ids_BT, part)
-    return _attend_rows(q_BTHDh, k_BSKDh, v_BSKDh, *sight(key_segments_BS, slots_BT), interpret)
-
-  return on_shards(shard, mesh if part is None else None, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT)
+  attend = functools.partial(_attend_rows, interpret=interpret)
+  return on_documents(attend, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BT, mesh, part)
 
 
 def sliding_pallas(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None, start=None, interpret=False):
@@ -82,12 +79,8 @@ def sliding_pallas(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh=None,
 
   With `start`, within a shard_map, queries are those at the slots from there on; else `mesh` as in `attention_pallas`.
   """
-  def shard(q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS):
-    slots_T = jnp.arange(q_BTHDh.shape[1], dtype=jnp.int32) + (0 if start is None else start)
-    slots_BT = jnp.broadcast_to(slots_T, q_BTHDh.shape[:2])
-    return _attend_rows(q_BTHDh, k_BSKDh, v_BSKDh, *sight(segment_ids_BS, slots_BT, window), interpret)
-
-  return on_shards(shard, mesh if start is None else None, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS)
+  attend = functools.partial(_attend_rows, interpret=interpret)
+  return on_windows(attend, q_BTHDh, k_BSKDh, v_BSKDh, segment_ids_BS, window, mesh, start)
 
 
 def attention_cached_pallas(q_BTHDh, k_BKSDh, v_BKSDh, positions_BT, mesh=None, interpret=False):
@@ -161,7 +154,7 @@ def _backward(G, t, interpret, residuals, dout_YTDh):
   delta_YT = jnp.sum(out_YTDh.astype(jnp.float32) * dout_YTDh.astype(jnp.float32), axis=-1)
   delta_X1R = delta_YT.reshape(B * K, G, T // t, t).swapaxes(1, 2).reshape(bits_X1R.shape)
   s = math.gcd(S, FEW)
-  spans, span = _spans(S, s, Dh, k_BKSDh.dtype.itemsize)
+  spans, span = cut(S, s, 2 * Dh * (k_BKSDh.dtype.itemsize + 4))
   bounds_Bn4, sights_Y2R = met(first_BT, last_BT, t, s, S), sights(first_BT, last_BT, G, t)
   keys = [x.reshape(B * K, S, Dh) for x in (k_BKSDh, v_BKSDh)]
   call = functools.partial(
@@ -183,10 +176,9 @@ def _backward(G, t, interpret, residuals, dout_YTDh):
 _attend.defvjp(_forward, _backward)
 
 
-def _spans(S, s, Dh, itemsize):
-  """(spans that the keys are cut into, keys of a span)."""
-  a_key = 2 * Dh * (itemsize + 4)
-  spans = -(-S * a_key // (vmem_bytes() - WORK_BYTES // 2))
+def cut(S, s, key_bytes):
+  """(spans that S keys are cut into, keys of a span in whole tiles of s), where each takes so many bytes of VMEM."""
+  spans = -(-S * key_bytes // (vmem_bytes() - WORK_BYTES // 2))
   span = -(-S // (spans * s)) * s
   return -(-S // span), span
 
@@ -226,7 +218,6 @@ def logsumexps(q_BTHDh, k_BSKDh, first_BT, last_BT, interpret=False):
 
 def sights(first_BT, last_BT, G, t):
   """Of each row of a step, int32 [B*n, 2, R]."""
-  B = first_BT.shape[0]
   rows = lambda x: jnp.tile(x.reshape(-1, t), (1, G))
   return jnp.stack([rows(first_BT), rows(last_BT)], axis=1)
 

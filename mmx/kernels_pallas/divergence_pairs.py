@@ -30,7 +30,7 @@ from jax import lax
 
 from mmx.kernels_pallas import sparse_pairs
 from mmx.kernels_pallas.chunks import join, kept, places, split
-from mmx.kernels_pallas.sparse import logsumexp_of_choices
+from mmx.kernels_pallas.sparse import logsumexp_of_choices, per_row
 
 
 class DivergenceKernels(NamedTuple):
@@ -80,8 +80,7 @@ def _forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, ids_BTKk, logsumexps
 
 
 def _backward(block_size, diverge, dindex, dkl_B):
-  per_row = lambda x: x * dkl_B.reshape((-1,) + (1,) * (x.ndim - 1)).astype(x.dtype)
-  return None, None, *map(per_row, dindex), None, None, None, None
+  return None, None, *(per_row(dkl_B, x) for x in dindex), None, None, None, None
 
 
 divergence.defvjp(_forward, _backward)

@@ -438,7 +438,7 @@ def _backward(block_size, top_k, residuals, cotangents):
   (dk, dv), dq = lax.scan(one_chunk, start, chunks)
   return (
       join(dq, q_BTHDh.shape[1]), _unblock(jnp.moveaxis(dk, 1, 3), k_BTKDh), _unblock(jnp.moveaxis(dv, 1, 3), v_BTKDh),
-      _per_row(dkl_B, dindex_q_BTKDi), _per_row(dkl_B, dindex_k_BTDi), None, None,
+      per_row(dkl_B, dindex_q_BTKDi), per_row(dkl_B, dindex_k_BTDi), None, None,
   )
 
 
@@ -504,7 +504,7 @@ def _prefix_forward(q_BTHDh, k_BTKDh, index_q_BTKDi, index_k_BTDi, segment_ids_B
 
 
 def _prefix_backward(dindex, dkl_B):
-  return None, None, *(_per_row(dkl_B, a) for a in dindex), None, None
+  return None, None, *(per_row(dkl_B, a) for a in dindex), None, None
 
 
 msa_prefix_kl_gather.defvjp(_prefix_forward, _prefix_backward)
@@ -516,7 +516,8 @@ def _kl(teacher, log_student):
   return jnp.sum(teacher * (log_teacher - log_student), axis=-1), jnp.exp(log_student) - teacher
 
 
-def _per_row(dkl_B, a):
+def per_row(dkl_B, a):
+  """The gradient of a divergence [B], times its cotangent."""
   return a * dkl_B.reshape((-1,) + (1,) * (a.ndim - 1)).astype(a.dtype)
 
 

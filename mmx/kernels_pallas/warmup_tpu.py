@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels_pallas import attention_tpu
-from mmx.kernels_pallas.attention_tpu import BITS, IN_PLACE, LANES, WORK_BYTES, heads_first, met, sights, whole
+from mmx.kernels_pallas.attention_tpu import BITS, IN_PLACE, LANES, WORK_BYTES, cut, heads_first, met, sights, whole
 from mmx.kernels_pallas.chunks import kept, kernel_product, places, sight
-from mmx.kernels_pallas.resident_tpu import vmem_bytes
+from mmx.kernels_pallas.sparse import per_row
 
 KEYS = 256  # of a tile
 MOST_HEADS = 16  # of a kv head: R of 2048
@@ -66,7 +66,8 @@ def _forward(q_BTHDh, k_BSKDh, index_q_BTKDi, index_k_BSDi, segment_ids_BT, part
   bounds_Bn4, sight_Y2t = met(first_BT, last_BT, LANES, s, k_BSKDh.shape[1]), sights(first_BT, last_BT, 1, LANES)
   queries = heads_first(q_BTHDh), heads_first(index_q_BTKDi)
   keys = k_BSKDh.swapaxes(1, 2).reshape(B * K, *k_BSKDh.shape[1::2]), index_k_BS1Di[:, :, 0]
-  spans, span = _spans(keys, s)
+  key_bytes = sum(x.shape[2] * x.dtype.itemsize for x in keys) + 4 * keys[1].shape[2]
+  spans, span = cut(keys[0].shape[1], s, key_bytes)
   call = functools.partial(_call, bounds_Bn4, sight_Y2t, numbers, queries, keys, s=s, span=span, interpret=interpret)
 
   def one_span(carried, i):
@@ -83,24 +84,14 @@ def _forward(q_BTHDh, k_BSKDh, index_q_BTKDi, index_k_BSDi, segment_ids_BT, part
 
 
 def _backward(interpret, gradients, dkl_B):
-  per_row = lambda x: x * dkl_B.reshape((-1,) + (1,) * (x.ndim - 1)).astype(x.dtype)
-  return None, None, *map(per_row, gradients), None, None
+  return None, None, *(per_row(dkl_B, x) for x in gradients), None, None
 
 
 msa_prefix_kl_pallas.defvjp(_forward, _backward)
 
 
-def _spans(keys, s):
-  """(spans that the keys are cut into, keys of a span)."""
-  S = keys[0].shape[1]
-  a_key = sum(x.shape[2] * x.dtype.itemsize for x in keys) + 4 * keys[1].shape[2]
-  spans = -(-S * a_key // (vmem_bytes() - WORK_BYTES // 2))
-  span = -(-S // (spans * s)) * s
-  return -(-S // span), span
-
-
 def _call(bounds_Bn4, sight_Y2t, numbers, queries, keys, i, *, s, span, interpret):
-  """Of span i: (divergences [Z, 1, t], gradients of index queries [Z, T, Di] and of index keys [Z, span, Di]), float32."""
+  """Of span i, float32: (divergences [Z, 1, t], gradients of index queries [Z, T, Di], of index keys [Z, span, Di])."""
   (k_ZSDh, index_k_BSDi), (q_YTDh, index_q_ZTDi) = keys, queries
   (Z, S, Dh), (B, _, Di), (Y, T, _), dtype = k_ZSDh.shape, index_k_BSDi.shape, q_YTDh.shape, q_YTDh.dtype
   K, G, n, t = Z // B, Y // Z, T // LANES, LANES

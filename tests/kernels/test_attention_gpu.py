@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_attention_tpu import assert_same, make as in_either_dtype
 
 from mmx import sharding
 from mmx.config import MeshConfig
@@ -18,34 +19,8 @@ from mmx.layers.context_parallel import swapped_slots
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
-def make(B, S, H, K, Dh, padded=9):
-  """q, k, v, a cotangent, segments: documents packed, the first row's last `padded` tokens padding."""
-  rng = np.random.default_rng(0)
-  normal = lambda heads: jnp.asarray(rng.normal(size=(B, S, heads, Dh)), jnp.bfloat16)
-  segments = np.sort(rng.integers(1, 4, (B, S)), axis=1)
-  segments[0, S - padded :] = 0
-  return normal(H), normal(K), normal(K), normal(H), jnp.asarray(segments, jnp.int32)
-
-
-def assert_same(attend, oracle, q, k, v, cotangent, slots=None):
-  """Of attend(queries at `slots`, k, v) and oracle(q, k, v) there: outputs and gradients, in bfloat16's rounding."""
-  here = lambda x: x if slots is None else x[:, slots]
-  float32 = lambda *arrays: tuple(x.astype(jnp.float32) for x in arrays)
-
-  def run(function, *arrays):
-    def total(*arrays):
-      out = function(*arrays)
-      return jnp.sum(out.astype(jnp.float32) * here(cotangent).astype(jnp.float32)), out
-
-    (_, out), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays)
-    return out, *gradients
-
-  found = run(attend, here(q), k, v)
-  out, dq, *rest = run(lambda *a: here(oracle(*a)), *float32(q, k, v))
-  for got, want in zip(found, (out, here(dq), *rest), strict=True):
-    assert got.dtype == jnp.bfloat16 and got.shape == want.shape
-    got, want = np.asarray(got, np.float32), np.asarray(want)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-2 * np.abs(want).max())
+def make(B, S, H, K, Dh):
+  return in_either_dtype(B, S, H, K, jnp.bfloat16, Dh)
 
 
 @pytest.mark.parametrize('shape', [
@@ -106,7 +81,7 @@ def test_a_cache_of_other_lengths_than_whole_tiles_is_served_all_the_same(slots,
   assert ('wgmma' in str(made)) == kernels and made.out_avals[0].shape == (2, 1, 4, 64)
 
 
-def in_xla(q, k, v, first, last, runs, interpret):
+def in_xla(q, k, v, first, last, n, interpret):
   """In place of the kernels, which the simulator runs on one device only."""
   (B, T, H, Dh), (S, K) = q.shape, k.shape[1:3]
   key = jnp.arange(S, dtype=jnp.int32)[None, None]

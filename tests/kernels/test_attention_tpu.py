@@ -13,7 +13,7 @@ from mmx import sharding
 from mmx.config import MeshConfig
 from mmx.kernels_pallas import api, attention, attention_tpu, reference
 from mmx.kernels_pallas.attention_tpu import attention_cached_pallas, attention_pallas, sliding_pallas
-from mmx.kernels_pallas.chunks import Part
+from mmx.kernels_pallas.chunks import Part, sight
 from mmx.layers import context_parallel
 from mmx.layers.context_parallel import swapped_slots
 
@@ -26,7 +26,7 @@ def small(monkeypatch):
     monkeypatch.setattr(attention_tpu, 'KEYS', keys)
     monkeypatch.setattr(attention_tpu, 'FEW', keys)
     if span:
-      monkeypatch.setattr(attention_tpu, '_spans', lambda S, *_: (-(-S // span), span))
+      monkeypatch.setattr(attention_tpu, 'cut', lambda S, *_: (-(-S // span), span))
 
   return make
 
@@ -141,7 +141,7 @@ def test_tiles_that_meet_are_those_of_which_any_query_sees_any_key(window):
   S, t, s = 1024, 64, 128
   segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 5, (2, S)), axis=1), jnp.int32)
   slots = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (2, S))
-  first, last = attention_tpu.sight(segments, slots, window)
+  first, last = sight(segments, slots, window)
   begin, end, whole, whole_end = (np.asarray(attention_tpu.met(first, last, t, s, S))[..., i, None] for i in range(4))
   key, tile = np.arange(S), np.arange(S // s)
   seen = (np.asarray(first)[:, :, None] <= key) & (key <= np.asarray(last)[:, :, None])

@@ -19,7 +19,7 @@ def small(monkeypatch):
   monkeypatch.setattr(attention_tpu, 'ROWS', 64)
   for module in (attention_tpu, warmup_tpu):
     monkeypatch.setattr(module, 'KEYS', 128)
-  return lambda span: monkeypatch.setattr(warmup_tpu, '_spans', lambda keys, s: (-(-keys[0].shape[1] // span), span))
+  return lambda span: monkeypatch.setattr(warmup_tpu, 'cut', lambda S, *_: (-(-S // span), span))
 
 
 def make(B, S, H, K, dtype=jnp.float32, Di=128):
