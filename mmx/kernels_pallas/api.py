@@ -3,7 +3,7 @@ a named one is used or raises. The platform is the mesh's, never the host's defa
 
 'hopper' names our kernels for GPUs of that generation. 'auto' does not take them: a GPU may be of another one, and they
 have run in the simulator only. For that reason too full attention and windows are splash's on TPU before they are ours,
-'pallas', which take 0.5 to 0.6 of its cycles in the compiler's schedule (`scripts/tpu_schedule.py`).
+'pallas', which take 0.50 to 0.61 of its cycles in the compiler's schedule (`scripts/tpu_schedule.py`).
 """
 
 import functools

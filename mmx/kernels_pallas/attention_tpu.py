@@ -32,11 +32,11 @@ from mmx.kernels_pallas.shards import on_documents, on_shards, on_windows
 from mmx.kernels_pallas.sparse import MASKED
 
 ROWS = 1024  # most of a step
-SCORES = 2**19  # most of a step and tile: with what is made of them 8 MiB
+SCORES = 2**19  # most of a step and tile, 2 MiB
 KEYS = 2048  # most of a tile
 FEW = 512  # backward, where four products' results are at hand
 CORES = 2  # of the chips that share a grid's first axis among cores, v4 and v5p
-WORK_BYTES = 34 * 2**20  # of VMEM for what is made of a step and tile; M2's heads in bfloat16 take less than 12
+WORK_BYTES = 34 * 2**20  # of VMEM for what is made of a step and tile: float32 with heads of 256 asks for 31
 MOST_HEADS = 64  # of a kv head, 16 tokens of which are the fewest of a step where there are several
 LANES = 128
 SLOTS = 16  # of a cache whole multiples are served
